@@ -1,0 +1,1132 @@
+"""A to-do service with tokens: a complete REST service in one file.
+
+People sign up, log in, get an access and a refresh token, and keep their to-do list with plain HTTP; for 24 hours no
+password is asked for again. `gunicorn` deploys it, `python service.py` is for development. Then:
+
+    curl localhost:5000/users -d username=alice -d 'password=correct horse battery'
+    curl localhost:5000/token -d grant_type=password -d username=alice -d 'password=correct horse battery'
+
+The rooms, in reading order; each uses only what stands above it: Settings, Errors, Arguments, Stores, Tokens,
+Sessions and passwords, HTTP edge, Views, Routes, Application, Main.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import hmac
+import ipaddress
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import sys
+import threading
+import time
+import unicodedata
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field, fields, replace
+from functools import cache, cached_property, lru_cache, partial
+from io import BytesIO
+from itertools import islice
+from types import MappingProxyType
+from typing import TYPE_CHECKING, IO, Any, NamedTuple
+from urllib.parse import quote
+
+import jwt
+import werkzeug
+from werkzeug import exceptions as http
+from werkzeug.datastructures import FileStorage
+from werkzeug.http import HTTP_STATUS_CODES
+from werkzeug.middleware.proxy_fix import ProxyFix
+from werkzeug.routing import Map, RequestRedirect, Rule
+from werkzeug.security import check_password_hash, generate_password_hash
+from werkzeug.serving import run_simple
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+log = logging.getLogger("service")
+
+# ---- Settings ---------------------------------------------------------------------------------------------------------
+# One frozen value holds every setting. It is checked when it is made, so whoever holds one holds a good one.
+
+_RULES = {  # setting: (pattern of its UTF-8 bytes, what that means, an example)
+    "secret_key": (r"(\s*\S[^,]{30,}\S\s*(,|$))*", "32 bytes or more, or several such keys with commas", "0123456789abcdef0123456789abcdef"),
+    "store_url": (r"memory:", "memory:", "memory:"),
+    "access_ttl": (r"[1-9][0-9]{0,5}", "seconds, 1 to 999999", "900"),
+    "refresh_ttl": (r"[1-9][0-9]{0,7}", "seconds, 1 to 99999999", "86400"),
+    "refresh_grace": (r"[0-9]{1,3}", "seconds, 0 to 999", "10"),
+    "signup": (r"open|closed", "open or closed", "closed"),
+    "issuer": (r"https?://[^\s/?#,\"\\]+[^\s?#,\"\\]*", "the URL that clients use", "https://todo.example"),
+    "audience": (r"[^\s\"\\]*", "names with commas between", "https://todo.example,https://shop.example"),
+    "max_body": (r"[1-9][0-9]{2,8}", "bytes, 100 to 999999999", "65536"),
+    "max_items": (r"[1-9][0-9]{0,6}", "items, 1 to 9999999", "10000"),
+    "proxies": (r"[0-9]", "trusted hops, 0 to 9", "1"),
+}
+
+@dataclass(frozen=True)
+class Settings:
+    """What an operator chooses; ValueError, in one line, names a bad variable, its fault and a right example."""
+
+    secret_key: str = field(default="", repr=False)  # of several, the first signs, all verify
+    store_url: str = field(default="memory:", repr=False)
+    access_ttl: int = 900
+    refresh_ttl: int = 86_400  # from one login to the next, whatever is refreshed
+    refresh_grace: int = 10  # for which a superseded refresh token is forgiven
+    signup: str = "open"
+    issuer: str = "http://localhost:5000"
+    audience: str = ""  # the issuer unless given
+    max_body: int = 65_536
+    max_items: int = 10_000  # of one resource, a user
+    proxies: int = 0
+
+    def __post_init__(self) -> None:
+        for name, (pattern, right, example) in _RULES.items():
+            text = str(getattr(self, name)).encode("utf-8", "surrogateescape").decode("latin-1")
+            if not re.fullmatch(pattern, text):
+                found = "" if name in ("secret_key", "store_url") else f" {getattr(self, name)!r}"  # those hold secrets
+                raise ValueError(f"SERVICE_{name.upper()}{found} is not right: it must be {right}, for example {example}")
+            if isinstance(getattr(Settings, name), int):
+                object.__setattr__(self, name, int(text))
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str] = os.environ) -> Settings:
+        """Settings from the variables SERVICE_<NAME>; an empty one counts as not set."""
+        given = {name: environ.get(f"SERVICE_{name.upper()}") for name in _RULES}
+        return cls(**{name: text for name, text in given.items() if text})  # type: ignore[arg-type]
+
+def comma_list(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+# ---- Errors -----------------------------------------------------------------------------------------------------------
+# Whatever goes wrong is an exception that knows its status. Werkzeug has most of them; these two add a body of one's
+# own, as flask-restful and OAuth have them, and the reason why a token is no good. Only create_app answers with them.
+
+class Refusal(http.BadRequest):
+    """A 400 and its body: message, a text or {argument: text}; or error and error_description (RFC 6749 §5.2)."""
+
+    def __init__(self, **data: Any) -> None:
+        message = data.get("message", "")
+        super().__init__("; ".join(map(": ".join, message.items())) if isinstance(message, dict) else message)
+        self.data = data
+
+class InvalidToken(http.HTTPException):
+    """A token that proves nothing: invalid_token from a bearer (RFC 6750 §3.1), invalid_grant as a grant."""
+
+    code = 401
+
+
+# ---- Arguments --------------------------------------------------------------------------------------------------------
+# A RequestParser holds Arguments. Each looks for its name in parts of the request, converts what it finds, and gives a
+# clean value or says what would be right; the names are those that flask-restful users know. A Resource is a data
+# model: a name, and the arguments that make up one item.
+
+_WORDS = {  # a part of the request, and what an error calls it
+    "json": "the JSON body", "form": "the post body", "args": "the query string", "headers": "the HTTP headers",
+    "cookies": "the request's cookies", "files": "an uploaded file",
+}
+_MISSING: Any = object()
+
+class Namespace(dict[str, Any]):
+    """Parsed arguments: a dict whose keys are attributes too."""
+
+    __setattr__ = dict.__setitem__
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self:
+            raise AttributeError(name)
+        return self[name]
+
+class RequestParser:
+    """Takes arguments out of any Werkzeug request, in place of flask-restful's reqparse.
+
+    >>> from werkzeug.test import EnvironBuilder
+    >>> environ = EnvironBuilder(method="POST", json={"task": "x", "rank": "2"}).get_environ()
+    >>> parser = RequestParser().add_argument("task", required=True).add_argument("rank", type=int)
+    >>> parser.parse_args(werkzeug.Request(environ))
+    {'task': 'x', 'rank': 2}
+
+    trim strips blanks around text; bundle_errors reports every error, not just the first. Parsers do not nest: for an
+    object inside the body, give the argument a type that takes a dict.
+    """
+
+    def __init__(self, trim: bool = False, bundle_errors: bool = False) -> None:
+        self.trim, self.bundle_errors = trim, bundle_errors
+        self.args: list[Argument] = []
+
+    def add_argument(self, name: str | Argument, **options: Any) -> RequestParser:
+        """Add an Argument, or the one that Argument(name, **options) makes; returns the parser."""
+        self.args.append(name if isinstance(name, Argument) else Argument(name, **options))
+        return self
+
+    def replace_argument(self, name: str, **options: Any) -> RequestParser:
+        """Put a new argument in the place of the one of that name; KeyError if there is none."""
+        self.args[self._index(name)] = Argument(name, **options)
+        return self
+
+    def remove_argument(self, name: str) -> RequestParser:
+        """Take out the argument of that name; KeyError if there is none."""
+        del self.args[self._index(name)]
+        return self
+
+    def copy(self) -> RequestParser:
+        """An independent parser with the same arguments and options."""
+        parser = RequestParser(self.trim, self.bundle_errors)
+        parser.args = list(self.args)
+        return parser
+
+    def _index(self, name: str) -> int:
+        return {argument.name: index for index, argument in enumerate(self.args)}[name]
+
+    def parse_args(self, request: werkzeug.Request, strict: bool = False) -> Namespace:
+        """The clean values; strict refuses every name in the body and the query string that no argument reads.
+
+        Raises BadRequest with data {"message": {name: text}}, or {"message": text} for JSON that cannot be read.
+        """
+        part = cache(lambda place: read_json(request) if place == "json" else getattr(request, place))
+        values, errors = Namespace(), {}
+        for argument in self.args:
+            dest, default = argument.dest or argument.name, argument.default
+            try:
+                value = argument.parse(part, self.trim)
+            except ValueError as error:
+                errors[argument.name] = (argument.help or "{error_msg}").replace("{error_msg}", str(error))
+                if not self.bundle_errors:
+                    raise Refusal(message=errors) from None
+            else:
+                if value is not _MISSING:
+                    values[dest] = value
+                elif argument.store_missing and dest not in values:
+                    values[dest] = default() if callable(default) else default
+        if strict:
+            known = {(place, argument.name) for argument in self.args for place in argument.places}
+            names = [(place, name) for place in ("json", "form", "files", "args") for name in part(place)]
+            errors = {name: "Unknown argument" for place, name in names if (place, name) not in known} | errors
+        if errors:
+            raise Refusal(message=errors)
+        return values
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument: where it is looked for, how it is converted, what is done without it.
+
+    >>> Argument("done", type=bool).convert("False")
+    False
+    >>> Argument("rank", type=int, choices=(1, 2)).convert("3")
+    Traceback (most recent call last):
+    ValueError: 3 is not a valid choice
+
+    type is called once, with the value; ValueError, TypeError, ArithmeticError and failed look-ups become the
+    argument's error. str, int, float, bool, list and dict are read strictly.
+    """
+
+    name: str
+    type: Callable[[Any], Any] = str
+    required: bool = False
+    default: Any = None  # a value, never converted, or a function that makes one
+    choices: Iterable[Any] = ()
+    location: str | Iterable[str] = ("json", "form")  # the first one that holds the name wins
+    action: str = "store"  # the first value; append: all, in a list; split: the same, cut at commas
+    dest: str | None = None
+    help: str | None = None  # in place of the error, which {error_msg} in it stands for
+    nullable: bool = False
+    trim: bool | None = None  # None: what the parser says
+    store_missing: bool = True
+    case_sensitive: bool = True  # if not, values and choices are lowered
+    places: list[str] = field(init=False)  # the parts of the request that location means
+
+    def __post_init__(self) -> None:
+        locations = [self.location] if isinstance(self.location, str) else self.location
+        places = [place for name in locations for place in (("form", "args") if name == "values" else (name,))]
+        if not set(places) <= _WORDS.keys():
+            raise ValueError(f"{self.name}: a location is one of {', '.join(_WORDS)}, values, not {self.location!r}")
+        if self.action not in ("store", "append", "split"):
+            raise ValueError(f"{self.name}: an action is store, append or split, not {self.action!r}")
+        if not callable(self.type):
+            raise TypeError(f"{self.name}: a type is a function of one value, not {self.type!r}")
+        object.__setattr__(self, "places", places)
+        object.__setattr__(self, "choices", [self._folded(choice) for choice in self.choices])
+
+    def parse(self, part: Callable[[str], Any], trim: bool = False) -> Any:
+        """The value, or the list of values, or _MISSING; ValueError with the text for the client."""
+        place = next((place for place in self.places if self.name in part(place)), None)
+        if place is None:
+            if self.required:
+                raise ValueError("Missing required parameter in " + " or ".join(map(_WORDS.__getitem__, self.places)))
+            return _MISSING
+        values = [part(place)[self.name]] if place == "json" else part(place).getlist(self.name)
+        trim = trim if self.trim is None else self.trim
+        if self.action == "store" or values == [None]:
+            return self.convert(values[0], trim)
+        if isinstance(values[0], list):
+            values = values[0]
+        elif self.action == "split":
+            values = [item for text in values if text != "" for item in str(text).split(",")]
+        return [self.convert(value, trim) for value in values]
+
+    def convert(self, value: Any, trim: bool = False) -> Any:
+        """One clean value; ValueError with the text for the client."""
+        if value is None:
+            if not self.nullable:
+                raise ValueError("Must not be null!")
+            return None
+        if trim and isinstance(value, str):
+            value = value.strip()
+        if not (isinstance(value, FileStorage) and self.type in (str, FileStorage)):
+            try:
+                value = _STRICT.get(self.type, self.type)(value)
+            except ValueError as error:
+                raise ValueError(str(error) or "Invalid value") from None
+            except (TypeError, ArithmeticError, AttributeError, LookupError):
+                raise ValueError("Invalid value") from None
+        value = self._folded(value)
+        if self.choices and value not in self.choices:
+            raise ValueError(f"{value} is not a valid choice")
+        return value
+
+    def _folded(self, value: Any) -> Any:
+        return value.lower() if isinstance(value, str) and not self.case_sensitive else value
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool | list | dict) or re.search("[\ud800-\udfff]", str(value)):
+        raise ValueError("Must be text")
+    return str(value)
+
+def _integer(value: Any) -> int:
+    if not (match := re.fullmatch(r"\s*([+-]?[0-9]{1,4300})(\.0)?\s*", str(value))):
+        raise ValueError("Must be an integer")
+    return int(match[1])
+
+def _number(value: Any) -> float:
+    if not re.fullmatch(r"[-+.0-9eE\s]+", str(value)) or not math.isfinite(float(value)):
+        raise ValueError("Must be a number")
+    return float(value)
+
+def _truth(value: Any) -> bool:
+    if (word := str(value).lower()) not in ("true", "1", "false", "0"):
+        raise ValueError("Must be true or false")
+    return word in ("true", "1")
+
+def _instance(kind: type, name: str, value: Any) -> Any:
+    if not isinstance(value, kind):
+        raise ValueError(f"Must be {name}")
+    return value
+
+_STRICT: dict[Any, Callable[[Any], Any]] = {
+    str: _text, int: _integer, float: _number, bool: _truth,
+    list: partial(_instance, list, "a list"), dict: partial(_instance, dict, "an object"),
+}
+
+def read_json(request: werkzeug.Request) -> dict[str, Any]:
+    """The object in the body; {} without a body, or if its type is not JSON.
+
+    Raises BadRequest for what is not strict JSON (RFC 8259, RFC 7493): other encodings than UTF-8, NaN, 1e999, a member
+    that stands twice, half of a surrogate pair, absurd nesting.
+    """
+    body = request.get_data() if request.is_json else b""
+    try:
+        value = json.loads(body or b"{}", parse_constant=_number, parse_float=_number, object_pairs_hook=_members)
+        json.dumps(value, ensure_ascii=False).encode()  # what could not be written out again is not let in
+    except (ValueError, RecursionError):
+        raise Refusal(message="The JSON body could not be read") from None
+    if not isinstance(value, dict):
+        raise Refusal(message="The JSON body must be an object")
+    return value
+
+def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(members := dict(pairs)) < len(pairs):
+        raise ValueError("a member stands twice")
+    return members
+
+@dataclass(frozen=True)
+class Text:
+    """A type: so many characters of text, without NUL. A class, so that its limits can be read elsewhere."""
+
+    shortest: int
+    longest: int
+    pattern: str = r"[^\0]*"
+    hint: str = "free of NUL characters"
+
+    def __call__(self, value: Any) -> str:
+        text = _text(value)
+        if not self.shortest <= len(text) <= self.longest:
+            raise ValueError(f"Must have {self.shortest:,} to {self.longest:,} characters, not {len(text):,}")
+        if not re.fullmatch(self.pattern, text):
+            raise ValueError(f"Must be {self.hint}")
+        return text
+
+def parser_of(*arguments: Argument) -> RequestParser:
+    parser = RequestParser(bundle_errors=True)
+    parser.args.extend(arguments)
+    return parser
+
+@dataclass(frozen=True, eq=False)
+class Resource:
+    """A data model; registering it gives it the routes /<name> and /<name>/<id>.
+
+    item begins the ids (todo1, todo2); arguments say what an item holds; starter, {id: item}, is what a new account
+    begins with.
+    """
+
+    name: str
+    item: str
+    arguments: Iterable[Argument]
+    starter: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    parser: RequestParser = field(init=False)
+    changes: RequestParser = field(init=False)  # what is not sent stays as it is
+
+    def __post_init__(self) -> None:
+        reserved = ("account", "sessions", "counters", "users", "token", "revoke", "health", "docs")
+        for word in (self.name, self.item):
+            if not re.fullmatch("[a-z][a-z-]{0,20}", word) or word in reserved:
+                raise ValueError(f"{word!r} cannot name a resource or its items; words like notes and note can")
+        arguments = tuple(self.arguments)
+        changes = [replace(argument, required=False, store_missing=False) for argument in arguments]
+        object.__setattr__(self, "arguments", arguments)
+        object.__setattr__(self, "parser", parser_of(*arguments))
+        object.__setattr__(self, "changes", parser_of(*changes))
+
+TODOS = {"todo1": {"task": "build an API"}, "todo2": {"task": "?????"}, "todo3": {"task": "profit!"}}
+TODO_RESOURCE = Resource("todos", "todo", [Argument("task", type=Text(1, 10_000), required=True)], TODOS)
+
+
+# ---- Stores -------------------------------------------------------------------------------------------------------
+# All that one user owns is a nested mapping {collection: {key: plain JSON dict}}, reached through one transaction,
+# store.read(user) or store.write(user). Nothing crosses users, so nothing is contended, and any machine can hold any
+# user. Values are replaced, never edited in place; check first, then write, for the memory store cannot roll back.
+
+Data = MutableMapping[str, Any]  # {collection: Collection}; a collection that was never written is empty
+
+class Collection(MutableMapping[str, dict[str, Any]]):
+    """A collection in memory: a new key goes to the end, an overwritten one keeps its place."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, tuple[int, dict[str, Any]]] = {}
+        self._last = 0  # no position is given twice, so a page's cursor outlives the item it stands on
+
+    def __getitem__(self, key: str) -> dict[str, Any]:
+        return self._rows[key][1]
+
+    def __setitem__(self, key: str, value: dict[str, Any]) -> None:
+        to_text(value)
+        if key not in self._rows:
+            self._last += 1
+        self._rows[key] = (self._rows[key][0] if key in self._rows else self._last, value)
+
+    def __delitem__(self, key: str) -> None:
+        del self._rows[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self._rows))  # a copy, so that a loop may delete
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def page(self, after: int = 0, limit: int | None = None) -> list[tuple[int, str, dict[str, Any]]]:
+        """The first (position, key, value) past a position, in the order of creation."""
+        return list(islice(((n, key, value) for key, (n, value) in self._rows.items() if n > after), limit))
+
+def to_text(value: dict[str, Any]) -> str:
+    """A value as the text that stores keep; TypeError or ValueError if it is not a JSON object."""
+    if not isinstance(value, dict):
+        raise TypeError(f"a value is a dict, not {value!r}")
+    return json.dumps(value, allow_nan=False)
+
+class MemoryStore:
+    """Dicts under a lock: one process, and all is gone when it ends."""
+
+    def __init__(self) -> None:
+        self._users: dict[str, Data] = {}
+        self._lock = threading.RLock()
+
+    @contextmanager
+    def read(self, user: str) -> Iterator[Data]:
+        """What the user owns at this moment; writers wait until the block ends."""
+        with self._lock:
+            yield self._users.get(user) or defaultdict(Collection)
+
+    @contextmanager
+    def write(self, user: str) -> Iterator[Data]:
+        """What the user owns, to be changed; everybody else waits until the block ends."""
+        with self._lock:
+            yield self._users.setdefault(user, defaultdict(Collection))
+            if not any(self._users[user].values()):
+                del self._users[user]
+
+def open_store(url: str) -> MemoryStore:
+    """The store that a URL names."""
+    return MemoryStore()
+
+
+# ---- Tokens -------------------------------------------------------------------------------------------------------
+# Two kinds of JWT. The access token (at+jwt, minutes) opens the API; the refresh token (rt+jwt, as long as its session)
+# buys the next pair. It holds nothing random, so one generation of a session is always the same text. The key that kid
+# names fixes the algorithm, the token has no say in it. Keys are PyJWT's business; time is checked here, by one clock.
+
+ACCESS, REFRESH = "at+jwt", "rt+jwt"
+_CLAIMS: dict[str, dict[str, type]] = {  # of each kind: the claims that it must have, and their types
+    ACCESS: {"iss": str, "sub": str, "aud": list, "exp": int, "iat": int, "jti": str, "sid": str},
+    REFRESH: {"iss": str, "sub": str, "sid": str, "gen": int, "exp": int},
+}
+_JWT = jwt.PyJWT(options={"enforce_minimum_key_length": True})
+_UNCHECKED: Any = {"verify_exp": False, "verify_nbf": False, "verify_iat": False, "verify_aud": False}
+Claims = Mapping[str, Any]
+
+class Key(NamedTuple):
+    """A key and the one algorithm that it is for."""
+
+    kid: str
+    algorithm: str
+    signing: Any
+
+def secret_key(text: str) -> Key:
+    """An HS256 key. Its kid is a MAC under the key, which tells nothing of it."""
+    secret = text.encode("utf-8", "surrogateescape")
+    return Key(hmac.digest(secret, b"kid", "sha256")[:9].hex(), "HS256", secret)
+
+class Tokens:
+    """Signs and verifies for one issuer. A class, since keys are loaded once and verified tokens are remembered."""
+
+    def __init__(self, settings: Settings, clock: Callable[[], float]) -> None:
+        self._settings, self._clock = settings, clock
+        self._audience = comma_list(settings.audience) or [settings.issuer]
+        self._keys = {key.kid: key for key in map(secret_key, comma_list(settings.secret_key))}
+        self._remembered = lru_cache(maxsize=10_000)(self._verify)  # 50 µs each; a refusal is not remembered
+
+    def pair(self, user: str, sid: str, gen: int, expires_at: int) -> dict[str, Any]:
+        """The answer of RFC 6749 §5.1 with a new access token and the refresh token of this generation."""
+        now = int(self._clock())
+        exp = min(now + self._settings.access_ttl, expires_at)
+        common = {"iss": self._settings.issuer, "sub": user, "sid": sid}
+        access = {**common, "aud": self._audience, "exp": exp, "iat": now, "jti": secrets.token_urlsafe(12)}
+        refresh = {**common, "gen": gen, "exp": expires_at}
+        return {
+            "access_token": self._sign(ACCESS, access), "token_type": "Bearer", "expires_in": exp - now,
+            "refresh_token": self._sign(REFRESH, refresh),
+        }  # fmt: skip
+
+    def _sign(self, typ: str, claims: dict[str, Any]) -> str:
+        key = next(iter(self._keys.values()))
+        return _JWT.encode(claims, key.signing, key.algorithm, {"typ": typ, "kid": key.kid})
+
+    def verify(self, typ: str, token: str, expired: bool = False) -> Claims:
+        """The claims of a token of ours; expired accepts one after its time too. Raises InvalidToken."""
+        if len(token) > 4096:
+            raise InvalidToken("The token is longer than 4096 characters")
+        claims = self._remembered(typ, token)
+        if claims["exp"] <= self._clock() and not expired:
+            raise InvalidToken("The token has expired")
+        return claims
+
+    def _verify(self, typ: str, token: str) -> Claims:
+        try:
+            header = jwt.get_unverified_header(token)
+            # Whatever else stands in a header (crit, jwk, jku, x5u) is a wish about how to verify.
+            if header.keys() != {"alg", "typ", "kid"} or header["typ"] != typ or "=" in token:
+                raise InvalidToken("The token is of another kind than the one that belongs here")
+            key = self._keys[header["kid"]]
+            claims = _JWT.decode(token, key.signing, [key.algorithm], _UNCHECKED)
+        except (jwt.PyJWTError, ValueError, TypeError, LookupError, RecursionError):
+            raise InvalidToken("The token is malformed or was not signed here") from None
+        if any(type(claims.get(name)) is not kind or not claims[name] for name, kind in _CLAIMS[typ].items()):
+            raise InvalidToken("The token lacks a claim, or has one of the wrong type")
+        if claims["iss"] != self._settings.issuer:
+            raise InvalidToken("The token comes from another issuer")
+        if typ == ACCESS and not any(name in self._audience for name in claims["aud"]):
+            raise InvalidToken("The token is meant for another audience")
+        return MappingProxyType(claims)
+
+
+# ---- Sessions and passwords ---------------------------------------------------------------------------------------
+# A login opens a session, a row {gen, rotated_at, expires_at} in the user's data; tokens are good while it is there.
+# A refresh steps gen. A token of an older generation, seen again, means that two parties hold it, so the session ends
+# for both (RFC 9700 §4.14.2). These functions work on one user's data; hashing is slow and stays outside of that.
+
+SESSIONS_A_USER = 20
+
+def open_session(data: Data, now: float, ttl: int) -> tuple[str, dict[str, Any]]:
+    """A new session, its id first. Dead sessions go, and the oldest beyond the limit."""
+    sessions = data["sessions"]
+    live = [sid for sid, session in sessions.items() if session["expires_at"] > now]
+    for sid in set(sessions) - set(live[1 - SESSIONS_A_USER :]):
+        del sessions[sid]
+    sid = secrets.token_urlsafe(12)
+    sessions[sid] = session = {"gen": 1, "rotated_at": now, "expires_at": int(now) + ttl}
+    return sid, session
+
+def renew_session(data: Data, sid: str, gen: int, now: float, grace: int) -> dict[str, Any] | None:
+    """The session, one generation on; or None, and no session any more."""
+    if (session := data["sessions"].get(sid)) is None:
+        return None
+    if gen == session["gen"]:
+        data["sessions"][sid] = session = {**session, "gen": gen + 1, "rotated_at": now}
+    elif gen != session["gen"] - 1 or now - session["rotated_at"] > grace:
+        del data["sessions"][sid]
+        return None
+    return dict(session)  # within the grace, two tabs or a lost answer get the same successor
+
+class Passwords:
+    """Hashes and checks passwords, two at a time, and makes guessing slow.
+
+    A class, since it counts. It counts in this process only: n workers let n times as many guesses through.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._turns = threading.BoundedSemaphore(2)  # scrypt takes 32 MB and 0.1 s
+        self._wrong: OrderedDict[tuple[str, str], tuple[int, float]] = OrderedDict()  # (count, wait until)
+        self._lock = threading.Lock()
+
+    def hash(self, password: str) -> str:
+        """A salted scrypt hash; 503 if no turn comes within 5 s."""
+        with self._turn():
+            return generate_password_hash(_composed(password))
+
+    def match(self, hash: str | None, password: str, name: str, address: str) -> bool:
+        """Is it the password? Never without a hash (there is no such user), after the same time.
+
+        Raises 429 before any hashing after 10 wrong ones in a row for a name from an address, or 100 for any names.
+        """
+        client = _network(address)
+        limits = {(client, name[:65]): 10, (client, ""): 100}
+        self._refuse_guesses(limits)
+        with self._turn():
+            self._refuse_guesses(limits)  # who waited beside a wrong guess is held to it
+            if check_password_hash(hash or _NO_HASH, _composed(password)) and hash:
+                self._wrong.pop((client, name[:65]), None)  # one's own login is no licence to guess other names
+                return True
+            self._count(limits)
+            return False
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        if not self._turns.acquire(timeout=5):
+            raise http.ServiceUnavailable("Too many passwords are being checked", retry_after=5)
+        try:
+            yield
+        finally:
+            self._turns.release()
+
+    def _refuse_guesses(self, keys: Iterable[tuple[str, str]]) -> None:
+        wait = max(self._wrong.get(key, (0, 0.0))[1] for key in keys) - self._clock()
+        if wait > 0:
+            raise http.TooManyRequests("Too many wrong passwords", retry_after=math.ceil(wait))
+
+    def _count(self, limits: dict[tuple[str, str], int]) -> None:
+        """From the limit on, each wrong password doubles the wait, from 1 s to 15 min."""
+        now = self._clock()
+        with self._lock:
+            for key, limit in limits.items():
+                count, until = self._wrong.pop(key, (0, now))
+                count = count + 1 if now < until + 900 else 1  # 15 quiet minutes are forgiven
+                wait = min(2 ** min(count - limit, 10), 900) if count >= limit else 0
+                self._wrong[key] = (count, now + wait)
+            while len(self._wrong) > 20_000:
+                self._wrong.popitem(last=False)
+
+_NO_HASH = "scrypt:32768:8:1$none$" + "0" * 128  # of no password, as slow to check as any
+
+def _composed(password: str) -> str:
+    return unicodedata.normalize("NFC", password)  # keyboards differ in how they compose (RFC 8265 §4.2)
+
+def _network(address: str) -> str:
+    """What one client owns: an IPv4 address, or the /64 around an IPv6 address."""
+    with suppress(ValueError):
+        if (ip := ipaddress.ip_address(address)).version == 6:
+            return str(ipaddress.ip_network((ip, 64), strict=False))
+    return address
+
+
+# ---- HTTP edge ----------------------------------------------------------------------------------------------------
+# What stands between the wire and the views: a request that reads its body once and bounded, knows its bearer and
+# opens that user's data; JSON out; and the preconditions of RFC 9110 §13.
+
+class Service(NamedTuple):
+    """What one app is made of; views find it at request.service."""
+
+    settings: Settings
+    store: Any
+    tokens: Tokens
+    passwords: Passwords
+    resources: list[Resource]
+    routes: Map
+    clock: Callable[[], float]
+
+class Request(werkzeug.Request):
+    """Werkzeug's request, with the service, its bearer and the bearer's data."""
+
+    max_form_memory_size = None  # stream bounds the whole body
+
+    def __init__(self, environ: WSGIEnvironment, service: Service) -> None:
+        super().__init__(environ, populate_request=False)
+        self.service = service
+
+    @cached_property
+    def stream(self) -> IO[bytes]:
+        """The body in memory: all of it, or 413, chunked or not."""
+        limit, body, source = self.service.settings.max_body, b"", super().stream
+        try:
+            while len(body) <= limit and (chunk := source.read(limit + 1 - len(body))):
+                body += chunk
+        except Exception as error:  # every server has exceptions of its own for a broken body
+            raise http.BadRequest("The body could not be read to its end") from error
+        if len(body) > limit:
+            raise http.RequestEntityTooLarge(f"A body may have {limit} bytes")
+        return BytesIO(body)
+
+    def parse(self, parser: RequestParser, public: bool = False) -> Namespace:
+        """What parser finds, for a bearer unless public; 415 for a body that is neither JSON nor a form."""
+        self.claims if not public else None
+        forms = ("application/x-www-form-urlencoded", "multipart/form-data")
+        if not self.is_json and self.mimetype not in forms and self.get_data():
+            raise http.UnsupportedMediaType(f"Send application/json or {forms[0]}")
+        return parser.parse_args(self)
+
+    @cached_property
+    def claims(self) -> Claims:
+        """The claims of the bearer's access token (RFC 6750 §2.1); 401 without a good one."""
+        scheme, _, token = self.environ.get("HTTP_AUTHORIZATION", "").partition(" ")
+        if scheme.lower() != "bearer":
+            raise http.Unauthorized("Log in with POST /token, then send Authorization: Bearer <access_token>")
+        return self.service.tokens.verify(ACCESS, token.strip())
+
+    @property
+    def user(self) -> str:
+        """The bearer's name; 401 without one."""
+        return str(self.claims["sub"])
+
+    @contextmanager
+    def _data(self, transaction: Callable[[str], AbstractContextManager[Data]]) -> Iterator[Data]:
+        with transaction(self.user) as data:
+            if self.claims["sid"] not in data["sessions"]:
+                raise InvalidToken("The session has ended")
+            yield data
+
+    def read(self) -> AbstractContextManager[Data]:
+        """The bearer's data, to be read; 401 if the session has ended."""
+        return self._data(self.service.store.read)
+
+    def write(self) -> AbstractContextManager[Data]:
+        """The bearer's data, to be changed; 401 if the session has ended."""
+        return self._data(self.service.store.write)
+
+    @property
+    def prefix(self) -> str:
+        """Where the app is mounted, as the start of a URL; a path, whatever SCRIPT_NAME says."""
+        mount = quote(self.root_path.strip("/"))
+        return mount and "/" + mount
+
+    def log(self, event: str, user: str) -> None:
+        log.info("%s: user %r, address %r", event, user, self.remote_addr)  # %r: a wrong name may be any text
+
+Reply = tuple[Any, int, dict[str, str]]  # body (JSON, or the bytes of it), status, headers
+View = Callable[..., Any]
+_encode = json.JSONEncoder(ensure_ascii=False).encode
+
+def to_json(value: Any) -> bytes:
+    """A line of JSON; bytes are taken for JSON already."""
+    return value if isinstance(value, bytes) else (_encode(value) + "\n").encode()
+
+def etag(value: Any) -> str:
+    """The strong entity tag of a representation."""
+    return f'"{hashlib.sha256(to_json(value)).hexdigest()[:32]}"'
+
+def conditional(request: Request, value: Any, **headers: str) -> Reply:
+    """A representation with its ETag; 304 if the client has it."""
+    body = to_json(value)
+    headers["ETag"] = etag(body)
+    return (None, 304, headers) if is_known(request, headers["ETag"]) else (body, 200, headers)
+
+def is_known(request: Request, tag: str | None) -> bool:
+    """Does the client know what is there now (None: nothing)? 412 where that forbids to go on (RFC 9110 §13.2.2)."""
+    match, none_match = request.environ.get("HTTP_IF_MATCH"), request.environ.get("HTTP_IF_NONE_MATCH")
+    if match is not None and not _names(match, tag, weakly=False):
+        raise http.PreconditionFailed("If-Match does not name what is there now")
+    known = none_match is not None and _names(none_match, tag, weakly=True)
+    if known and request.method not in ("GET", "HEAD"):
+        raise http.PreconditionFailed("If-None-Match names what is there now")
+    return known
+
+def _names(header: str, tag: str | None, weakly: bool) -> bool:
+    """Does * or a list of entity tags name this one? 400 for any other text."""
+    if header.strip() == "*":
+        return tag is not None
+    if not (tags := _ETAG.findall(header)) or _ETAG.sub("", header).strip(", \t"):
+        raise http.BadRequest("If-Match and If-None-Match take * or quoted entity tags with commas between")
+    return any(text == tag and (weakly or not weak) for weak, text in tags)
+
+_ETAG = re.compile(r'(W/)?("[\x21\x23-\x7e\x80-\xff]*")')
+
+def allow(methods: Iterable[str]) -> dict[str, str]:
+    return {"Allow": ", ".join(sorted({*methods, "OPTIONS"}))}
+
+def error_reply(error: http.HTTPException, oauth: bool) -> Reply:
+    """What an error is answered with; oauth: in the form of RFC 6749 §5.2, whose texts are plain ASCII."""
+    status, body = error.code or 500, getattr(error, "data", {"message": error.description})
+    headers = {name: value for name, value in error.get_headers() if not name.startswith("Content-")}
+    text = re.sub(r"[^ !#-\[\]-~]", "?", error.description or "")
+    if isinstance(error, http.MethodNotAllowed):
+        headers |= allow(error.valid_methods or ())
+    if oauth and "error" not in body:
+        code = {401: "invalid_grant", 429: "temporarily_unavailable", 503: "temporarily_unavailable"}
+        body = {"error": code.get(status, "invalid_request"), "error_description": text}
+        status = 400 if status == 401 else status
+    if status == 401:
+        why = f', error="invalid_token", error_description="{text}"' if isinstance(error, InvalidToken) else ""
+        headers["WWW-Authenticate"] = f'Bearer realm="service"{why}'
+    return body, status, headers | (NO_STORE if oauth else {})
+
+def send(request: Request, start_response: StartResponse, reply: Any) -> Iterable[bytes]:
+    """Answer with what a view returned: a Response, or JSON, or (JSON, status), or (JSON, status, headers)."""
+    if isinstance(reply, werkzeug.Response):
+        return reply(request.environ, start_response)
+    body, status, headers = (*reply, {})[:3] if isinstance(reply, tuple) else (reply, 200, {})
+    payload = b"" if body is None else to_json(body)
+    lines = list(headers.items())
+    if status not in (204, 304):
+        lines += [("Content-Type", "application/json"), ("Content-Length", str(len(payload)))]
+    start_response(f"{status} {HTTP_STATUS_CODES[status]}", lines)
+    return [payload] if payload and request.method != "HEAD" else []
+
+NO_STORE = {"Cache-Control": "no-store"}
+
+
+# ---- Views --------------------------------------------------------------------------------------------------------
+# Plain functions: parse, act, answer. A view takes the request and its URL arguments, raises early and catches
+# nothing. It may be run again from its start, so what it does outside of the store must bear that.
+
+NAME = Text(1, 64, "[a-z0-9][a-z0-9._@-]*", "made of a-z, 0-9 and . _ @ -, a letter or digit first")
+PASSWORD = Text(15, 1024, "(?s).*")
+ID = re.compile("[^/\x00-\x1f\x7f-\x9f\ufffd]{1,64}")  # U+FFFD is what a URL becomes that is not UTF-8
+
+SIGN_UP = parser_of(Argument("username", NAME, required=True), Argument("password", PASSWORD, required=True))
+NEW_PASSWORD = parser_of(Argument("password", required=True), Argument("new_password", PASSWORD, required=True))
+OLD_PASSWORD = parser_of(Argument("password", required=True))
+PAGE = parser_of(
+    Argument("limit", int, choices=range(1, 1001), location="args", help="Must be a whole number from 1 to 1,000"),
+    Argument("after", partial(int, base=16), default="0", location="args", help="Must come from a Link header"),
+)
+
+def read_index(request: Request) -> Reply:
+    """What there is"""
+    rules = [(rule, method) for rule in request.service.routes.iter_rules() for method in sorted(rule.methods or ())]
+    index = {f"{method} {request.prefix}{rule.rule}": rule.endpoint.__doc__ for rule, method in rules if method != "HEAD"}
+    return index, 200, {"Vary": "Accept"}
+
+def read_health(request: Request) -> Any:
+    """Whether the service and its store answer"""
+    with request.service.store.read("") as data:
+        data["account"].get("password")
+    return {"status": "ok"}
+
+def create_user(request: Request) -> Reply:
+    """Sign up"""
+    if request.service.settings.signup == "closed":
+        raise http.Forbidden("Sign-up is closed: ask the operator for an account")
+    given = request.parse(SIGN_UP, public=True)
+    add_account(request.service, given.username, given.password)
+    request.log("sign-up", given.username)
+    return {"username": given.username}, 201, {}
+
+def add_account(service: Service, name: str, password: str) -> None:
+    """A new account with its starter items; 409 if the name is taken."""
+    refuse_name(name, password, "password")
+    record = {"hash": service.passwords.hash(password)}
+    with service.store.write(name) as data:
+        if "password" in data["account"]:
+            raise http.Conflict(f"The name {name} is taken")
+        data["account"]["password"] = record
+        for resource in service.resources:
+            for id, item in resource.starter.items():
+                add_item(data, resource, id, dict(item))
+
+def refuse_name(name: str, password: str, argument: str) -> None:
+    if password.casefold() == name:
+        raise Refusal(message={argument: "Must not be the name itself"})
+
+def read_user(request: Request) -> Any:
+    """Who is logged in"""
+    with request.read():
+        return {"username": request.user}
+
+def change_password(request: Request) -> Reply:
+    """Change the password; all other sessions end"""
+    user, given = request.user, request.parse(NEW_PASSWORD)
+    record = confirmed_account(request, given.password)
+    refuse_name(user, given.new_password, "new_password")
+    changed = {"hash": request.service.passwords.hash(given.new_password)}
+    with request.write() as data:
+        refuse_change(data, record)
+        data["account"]["password"] = changed
+        for sid in set(data["sessions"]) - {request.claims["sid"]}:
+            del data["sessions"][sid]
+    request.log("password changed", user)
+    return None, 204, {}
+
+def delete_user(request: Request) -> Reply:
+    """Delete the account and all that it holds"""
+    user, given = request.user, request.parse(OLD_PASSWORD)
+    record = confirmed_account(request, given.password)
+    with request.write() as data:
+        refuse_change(data, record)
+        data.clear()
+    request.log("account deleted", user)
+    return None, 204, {}
+
+def confirmed_account(request: Request, password: str) -> dict[str, Any]:
+    """The bearer's account, after the bearer's password; 400 for another one."""
+    with request.read() as data:
+        record = data["account"]["password"]
+    if not is_password(request, record, request.user, password):
+        raise Refusal(message={"password": "Wrong password"})
+    return dict(record)
+
+def is_password(request: Request, record: Any, name: str, password: str) -> bool:
+    hash = record and record["hash"]
+    if request.service.passwords.match(hash, password, name, request.remote_addr or ""):
+        return True
+    request.log("failed login", name)
+    return False
+
+def refuse_change(data: Data, record: dict[str, Any]) -> None:
+    """The password was checked outside of the transaction, so inside, it is compared once more."""
+    if data["account"].get("password") != record:
+        raise Refusal(message={"password": "Was changed at this moment"})
+
+def issue_token(request: Request) -> Reply:
+    """Log in, or refresh a session"""
+    (grant,) = grant_arguments(request, "grant_type")
+    if grant == "password":
+        return log_in(request, *grant_arguments(request, "username", "password")), 200, NO_STORE
+    if grant == "refresh_token":
+        return refresh(request, *grant_arguments(request, "refresh_token")), 200, NO_STORE
+    raise Refusal(error="unsupported_grant_type", error_description="The grants are password and refresh_token")
+
+def grant_arguments(request: Request, *names: str) -> list[str]:
+    """Each parameter once, not empty, and in the body, since URLs are logged (RFC 6749 §3.2, §2.3.1)."""
+    for name in ("username", "password", "refresh_token", "token", "access_token"):
+        if name in request.args:
+            raise Refusal(error="invalid_request", error_description=f"{name} belongs in the body, not in the URL")
+    given = request.parse(parser_of(*(Argument(name, action="append", required=True) for name in names)), public=True)
+    for name in names:
+        if len(given[name]) != 1 or not given[name][0]:
+            raise Refusal(error="invalid_request", error_description=f"{name} must be there once and not be empty")
+    return [given[name][0] for name in names]
+
+def log_in(request: Request, name: str, password: str) -> dict[str, Any]:
+    """A new session's tokens. First-party login: RFC 9700 §2.4 retires this grant for third parties."""
+    service, record = request.service, None
+    if re.fullmatch(NAME.pattern, name):
+        with service.store.read(name) as data:
+            record = data["account"].get("password")
+    if not is_password(request, record, name, password):
+        raise Refusal(error="invalid_grant", error_description="The user name or the password is wrong")
+    with service.store.write(name) as data:
+        if data["account"].get("password") != record:
+            raise Refusal(error="invalid_grant", error_description="The password was changed at this moment")
+        sid, session = open_session(data, service.clock(), service.settings.refresh_ttl)
+    return service.tokens.pair(name, sid, session["gen"], session["expires_at"])
+
+def refresh(request: Request, token: str) -> dict[str, Any]:
+    """The next generation's tokens; a replayed token ends its session."""
+    service, claims = request.service, request.service.tokens.verify(REFRESH, token)
+    user, sid = claims["sub"], claims["sid"]
+    with service.store.write(user) as data:
+        known = sid in data["sessions"]
+        session = renew_session(data, sid, claims["gen"], service.clock(), service.settings.refresh_grace)
+    if session:
+        return service.tokens.pair(user, sid, session["gen"], session["expires_at"])
+    if known:
+        request.log("reuse detected", user)
+    raise Refusal(error="invalid_grant", error_description="The session has ended: log in again")
+
+def revoke_token(request: Request) -> Reply:
+    """Log out: end the session of an access or a refresh token (RFC 7009)"""
+    (token,) = grant_arguments(request, "token")
+    for typ in (ACCESS, REFRESH):
+        with suppress(InvalidToken):  # junk is no error here (§2.2), and a late logout still is a logout
+            claims = request.service.tokens.verify(typ, token, expired=True)
+            with request.service.store.write(claims["sub"]) as data:
+                data["sessions"].pop(claims["sid"], None)
+    return None, 200, {}
+
+def list_items(request: Request, resource: Resource) -> Reply:
+    """List the items in the order of their creation"""
+    given = request.parse(PAGE)
+    with request.read() as data:
+        rows = data[resource.name].page(given.after, given.limit and given.limit + 1)
+    link = {}
+    if given.limit and len(rows) > given.limit:
+        url = f"{request.prefix}/{resource.name}?limit={given.limit}&after={rows[-2][0]:x}"
+        link = {"Link": f'<{url}>; rel="next"'}
+    return conditional(request, {id: item for _, id, item in rows[: given.limit]}, **link)
+
+def create_item(request: Request, resource: Resource) -> Reply:
+    """Create an item under the next id"""
+    item = dict(request.parse(resource.parser))
+    with request.write() as data:
+        number = counter(data, resource)["last"] + 1
+        while (id := f"{resource.item}{number}") in data[resource.name]:
+            number += 1
+        add_item(data, resource, id, item, request.service.settings.max_items)
+    return item, 201, {"Location": f"{request.prefix}/{resource.name}/{id}", "ETag": etag(item)}
+
+def read_item(request: Request, resource: Resource, id: str) -> Reply:
+    """Read one item"""
+    with request.read() as data:
+        item = existing_item(data, resource, id)
+    return conditional(request, item)
+
+def put_item(request: Request, resource: Resource, id: str) -> Reply:
+    """Create or replace the item under an id of one's own choice"""
+    if not ID.fullmatch(id):
+        raise http.BadRequest("An id has 1 to 64 characters, none of them a slash or a control character")
+    item = dict(request.parse(resource.parser))
+    with request.write() as data:
+        current = data[resource.name].get(id)
+        is_known(request, None if current is None else etag(current))
+        if current is None:
+            add_item(data, resource, id, item, request.service.settings.max_items)
+        else:
+            data[resource.name][id] = item
+    return item, 201, {"ETag": etag(item)}
+
+def update_item(request: Request, resource: Resource, id: str) -> Reply:
+    """Change the arguments that are sent, and leave the others"""
+    changes = request.parse(resource.changes)
+    with request.write() as data:
+        item = existing_item(data, resource, id)
+        is_known(request, etag(item))
+        if changes:
+            data[resource.name][id] = item = {**item, **changes}
+    return item, 200, {"ETag": etag(item)}
+
+def delete_item(request: Request, resource: Resource, id: str) -> Reply:
+    """Delete an item; its id is not given again"""
+    with request.write() as data:
+        is_known(request, etag(existing_item(data, resource, id)))
+        del data[resource.name][id]
+        counts = counter(data, resource)
+        data["counters"][resource.name] = {**counts, "count": counts["count"] - 1}
+    return None, 204, {}
+
+def existing_item(data: Data, resource: Resource, id: str) -> dict[str, Any]:
+    item: dict[str, Any] | None = data[resource.name].get(id) if ID.fullmatch(id) else None
+    if item is None:
+        raise http.NotFound(f"{resource.item.capitalize()} {id} doesn't exist")
+    return item
+
+def add_item(data: Data, resource: Resource, id: str, item: dict[str, Any], limit: float = math.inf) -> None:
+    """Put an item where none is; 403 if the user has as many as the limit allows."""
+    counts = counter(data, resource)
+    if counts["count"] >= limit:
+        raise http.Forbidden(f"There is room for {limit} items: delete one first")
+    # todo007 is not todo7; and no count that begins below 10**40 ever comes to the end of 64 characters
+    match = re.fullmatch(f"{resource.item}([1-9][0-9]{{0,39}})", id)
+    last = max(counts["last"], int(match[1]) if match else 0)
+    data["counters"][resource.name] = {"last": last, "count": counts["count"] + 1}
+    data[resource.name][id] = item
+
+def counter(data: Data, resource: Resource) -> dict[str, int]:
+    """How many items there are, and the highest number in an id so far: kept, so that nothing has to be counted."""
+    return data["counters"].get(resource.name) or {"last": 0, "count": 0}
+
+
+# ---- Routes -------------------------------------------------------------------------------------------------------
+# One Map whose endpoints are the views themselves. Every resource gets the same six rules; an embedder's own rules
+# come last and are served just the same.
+
+ROUTES = {
+    "GET /": read_index, "GET /health": read_health,
+    "POST /users": create_user, "GET /users/me": read_user,
+    "PATCH /users/me": change_password, "DELETE /users/me": delete_user,
+    "POST /token": issue_token, "POST /revoke": revoke_token,
+}  # fmt: skip
+ITEM_ROUTES = {
+    "GET /{}": list_items, "POST /{}": create_item, "GET /{}/<id>": read_item, "PUT /{}/<id>": put_item,
+    "PATCH /{}/<id>": update_item, "DELETE /{}/<id>": delete_item,
+}  # fmt: skip
+
+def make_routes(resources: Iterable[Resource], routes: Iterable[Rule]) -> Map:
+    table: list[tuple[str, View, Any]] = [(route, view, {}) for route, view in ROUTES.items()]
+    for each in resources:
+        table += [(route.format(each.name), view, {"resource": each}) for route, view in ITEM_ROUTES.items()]
+    rules = [Rule(route.split()[1], methods=[route.split()[0]], endpoint=view, defaults=arguments) for route, view, arguments in table]
+    # /todos/ and //todos are other paths than /todos; an embedder's rules are copied, for a Rule binds only once
+    return Map([*rules, *(rule.empty() for rule in routes)], merge_slashes=False, redirect_defaults=False)
+
+
+# ---- Application ------------------------------------------------------------------------------------------------------
+# create_app puts the rooms together. Here, and only here, errors become responses. start_response is called directly,
+# since a Response object costs as much as all the rest of an authenticated GET.
+
+def create_app(
+    settings: Settings | None = None,
+    *,
+    store: Any = None,
+    resources: Iterable[Resource] | None = None,
+    routes: Iterable[Rule] = (),
+    clock: Callable[[], float] = time.time,
+) -> WSGIApplication:
+    """The service as a WSGI callable (PEP 3333); ValueError for settings or names that cannot work.
+
+    settings come from the environment unless given, the store from their URL; resources take the place of the to-dos;
+    routes are Werkzeug Rules whose endpoints are views of your own, view(request, **url_arguments) returning JSON,
+    (JSON, status), (JSON, status, headers) or a Werkzeug Response; clock gives the time in seconds.
+    """
+    settings = settings or Settings.from_environ()
+    if not settings.secret_key:  # as short-lived as the memory store
+        settings = replace(settings, secret_key=secrets.token_hex(32))
+    models = [TODO_RESOURCE] if resources is None else list(resources)
+    store = open_store(settings.store_url) if store is None else store
+    urls = make_routes(models, routes)
+    service = Service(settings, store, Tokens(settings, clock), Passwords(clock), models, urls, clock)
+    adapter = urls.bind("")
+
+    def answer(request: Request) -> Any:
+        if request.environ.get("SERVER_PROTOCOL") == "HTTP/1.1" and "HTTP_HOST" not in request.environ:
+            raise http.BadRequest("HTTP/1.1 asks for a Host header (RFC 9112 §3.2)")
+        if request.environ["PATH_INFO"].startswith("//"):  # Werkzeug would take it for one slash
+            raise http.NotFound()
+        if request.method == "OPTIONS" and (methods := adapter.allowed_methods(request.path)):
+            return None, 204, allow(methods)
+        view, arguments = adapter.match(request.path, request.method)
+        return view(request, **arguments)
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        request = Request(environ, service)
+        try:
+            reply = answer(request)
+        except RequestRedirect:
+            reply = error_reply(http.NotFound(), oauth=False)
+        except http.HTTPException as error:
+            reply = error_reply(error, oauth=request.path in ("/token", "/revoke"))
+        return send(request, start_response, reply)
+
+    hops = settings.proxies
+    return ProxyFix(app, x_for=hops, x_proto=hops, x_host=hops, x_prefix=hops) if hops else app
+
+
+# ---- Main -------------------------------------------------------------------------------------------------------------
+# python service.py is the development server, which starts anew whenever a file changes.
+
+def main() -> None:
+    """Run the development server."""
+    parser = argparse.ArgumentParser(description="A to-do service with tokens; this is its development server.")
+    parser.add_argument("--port", type=int, default=5000)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO)
+    try:
+        app = create_app()
+    except ValueError as error:
+        sys.exit(str(error))
+    run_simple("127.0.0.1", options.port, app, use_reloader=True, threaded=True)
+
+if __name__ == "__main__":
+    main()
