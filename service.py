@@ -20,6 +20,7 @@ import json
 import logging
 import math
 import os
+import random
 import re
 import secrets
 import sys
@@ -28,13 +29,13 @@ import time
 import unicodedata
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, field, fields, replace
-from functools import cache, cached_property, lru_cache, partial
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property, lru_cache, partial, partialmethod
 from io import BytesIO
 from itertools import islice
 from types import MappingProxyType
-from typing import TYPE_CHECKING, IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
 import jwt
@@ -52,12 +53,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("service")
 
-# ---- Settings ---------------------------------------------------------------------------------------------------------
+# ---- Settings -------------------------------------------------------------------------------------------------------
 # One frozen value holds every setting. It is checked when it is made, so whoever holds one holds a good one.
 
 _RULES = {  # setting: (pattern of its UTF-8 bytes, what that means, an example)
-    "secret_key": (r"(\s*\S[^,]{30,}\S\s*(,|$))*", "32 bytes or more, or several such keys with commas", "0123456789abcdef0123456789abcdef"),
-    "store_url": (r"memory:", "memory:", "memory:"),
+    "secret_key": (r"(\s*\S[^,]{30,}\S\s*(,|$))*", "32 bytes or more, or several such keys with commas between", ""),
+    "store_url": (r"memory:|sqlite:///(?!:).+|postgresql://.+", "memory:, sqlite:///FILE or postgresql://…", "memory:"),
     "access_ttl": (r"[1-9][0-9]{0,5}", "seconds, 1 to 999999", "900"),
     "refresh_ttl": (r"[1-9][0-9]{0,7}", "seconds, 1 to 99999999", "86400"),
     "refresh_grace": (r"[0-9]{1,3}", "seconds, 0 to 999", "10"),
@@ -88,11 +89,15 @@ class Settings:
     def __post_init__(self) -> None:
         for name, (pattern, right, example) in _RULES.items():
             text = str(getattr(self, name)).encode("utf-8", "surrogateescape").decode("latin-1")
-            if not re.fullmatch(pattern, text):
-                found = "" if name in ("secret_key", "store_url") else f" {getattr(self, name)!r}"  # those hold secrets
-                raise ValueError(f"SERVICE_{name.upper()}{found} is not right: it must be {right}, for example {example}")
+            if not re.fullmatch(pattern, text, re.ASCII):
+                found = "" if name in ("secret_key", "store_url") else f" {getattr(self, name)!r}"
+                right += ", for example " + (example or secrets.token_hex(32))
+                raise ValueError(f"SERVICE_{name.upper()}{found} cannot be: it must be {right}")
             if isinstance(getattr(Settings, name), int):
                 object.__setattr__(self, name, int(text))
+        if not self.secret_key and self.store_url != "memory:":
+            raise ValueError("SERVICE_SECRET_KEY is missing: a store that outlives the service needs a key that does, "
+                             f"for example {secrets.token_hex(32)}")  # fmt: skip
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] = os.environ) -> Settings:
@@ -104,9 +109,9 @@ def comma_list(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-# ---- Errors -----------------------------------------------------------------------------------------------------------
-# Whatever goes wrong is an exception that knows its status. Werkzeug has most of them; these two add a body of one's
-# own, as flask-restful and OAuth have them, and the reason why a token is no good. Only create_app answers with them.
+# ---- Errors ---------------------------------------------------------------------------------------------------------
+# Whatever goes wrong is an exception that knows its status. Werkzeug has most of them; these add a body of one's own,
+# as flask-restful and OAuth have them, and what tokens and stores have to say. Only create_app answers with them.
 
 class Refusal(http.BadRequest):
     """A 400 and its body: message, a text or {argument: text}; or error and error_description (RFC 6749 §5.2)."""
@@ -117,12 +122,19 @@ class Refusal(http.BadRequest):
         self.data = data
 
 class InvalidToken(http.HTTPException):
-    """A token that proves nothing: invalid_token from a bearer (RFC 6750 §3.1), invalid_grant as a grant."""
+    """What proves nothing: invalid_token from a bearer (RFC 6750 §3.1), invalid_grant as a grant (RFC 6749 §5.2)."""
 
     code = 401
 
+class StoreError(http.ServiceUnavailable):
+    """The store does not answer now; after a conflict, the whole transaction may simply be run again."""
 
-# ---- Arguments --------------------------------------------------------------------------------------------------------
+    def __init__(self, conflict: bool = False) -> None:
+        super().__init__("The store does not answer", retry_after=1)
+        self.conflict = conflict
+
+
+# ---- Arguments ------------------------------------------------------------------------------------------------------
 # A RequestParser holds Arguments. Each looks for its name in parts of the request, converts what it finds, and gives a
 # clean value or says what would be right; the names are those that flask-restful users know. A Resource is a data
 # model: a name, and the arguments that make up one item.
@@ -147,13 +159,12 @@ class RequestParser:
     """Takes arguments out of any Werkzeug request, in place of flask-restful's reqparse.
 
     >>> from werkzeug.test import EnvironBuilder
-    >>> environ = EnvironBuilder(method="POST", json={"task": "x", "rank": "2"}).get_environ()
     >>> parser = RequestParser().add_argument("task", required=True).add_argument("rank", type=int)
-    >>> parser.parse_args(werkzeug.Request(environ))
+    >>> parser.parse_args(werkzeug.Request(EnvironBuilder(data={"task": "x", "rank": "2"}).get_environ()))
     {'task': 'x', 'rank': 2}
 
-    trim strips blanks around text; bundle_errors reports every error, not just the first. Parsers do not nest: for an
-    object inside the body, give the argument a type that takes a dict.
+    trim strips blanks around text; bundle_errors reports all errors at once. Parsers do not nest: for an object inside
+    the body, give the argument a type that takes a dict.
     """
 
     def __init__(self, trim: bool = False, bundle_errors: bool = False) -> None:
@@ -166,23 +177,23 @@ class RequestParser:
         return self
 
     def replace_argument(self, name: str, **options: Any) -> RequestParser:
-        """Put a new argument in the place of the one of that name; KeyError if there is none."""
+        """Put a new argument in the place of the one of that name, else KeyError; returns the parser."""
         self.args[self._index(name)] = Argument(name, **options)
         return self
 
     def remove_argument(self, name: str) -> RequestParser:
-        """Take out the argument of that name; KeyError if there is none."""
+        """Take out the argument of that name, else KeyError; returns the parser."""
         del self.args[self._index(name)]
         return self
+
+    def _index(self, name: str) -> int:
+        return {argument.name: index for index, argument in enumerate(self.args)}[name]
 
     def copy(self) -> RequestParser:
         """An independent parser with the same arguments and options."""
         parser = RequestParser(self.trim, self.bundle_errors)
         parser.args = list(self.args)
         return parser
-
-    def _index(self, name: str) -> int:
-        return {argument.name: index for index, argument in enumerate(self.args)}[name]
 
     def parse_args(self, request: werkzeug.Request, strict: bool = False) -> Namespace:
         """The clean values; strict refuses every name in the body and the query string that no argument reads.
@@ -280,7 +291,7 @@ class Argument:
             value = value.strip()
         if not (isinstance(value, FileStorage) and self.type in (str, FileStorage)):
             try:
-                value = _STRICT.get(self.type, self.type)(value)
+                value = _strict(self.type, value) if self.type in _STRICT else self.type(value)
             except ValueError as error:
                 raise ValueError(str(error) or "Invalid value") from None
             except (TypeError, ArithmeticError, AttributeError, LookupError):
@@ -293,56 +304,43 @@ class Argument:
     def _folded(self, value: Any) -> Any:
         return value.lower() if isinstance(value, str) and not self.case_sensitive else value
 
-def _text(value: Any) -> str:
-    if isinstance(value, bool | list | dict) or re.search("[\ud800-\udfff]", str(value)):
-        raise ValueError("Must be text")
-    return str(value)
+_STRICT = {str: "text", int: "an integer", float: "a number", bool: "true or false", list: "a list", dict: "an object"}
 
-def _integer(value: Any) -> int:
-    if not (match := re.fullmatch(r"\s*([+-]?[0-9]{1,4300})(\.0)?\s*", str(value))):
-        raise ValueError("Must be an integer")
-    return int(match[1])
-
-def _number(value: Any) -> float:
-    if not re.fullmatch(r"[-+.0-9eE\s]+", str(value)) or not math.isfinite(float(value)):
-        raise ValueError("Must be a number")
-    return float(value)
-
-def _truth(value: Any) -> bool:
-    if (word := str(value).lower()) not in ("true", "1", "false", "0"):
-        raise ValueError("Must be true or false")
-    return word in ("true", "1")
-
-def _instance(kind: type, name: str, value: Any) -> Any:
-    if not isinstance(value, kind):
-        raise ValueError(f"Must be {name}")
-    return value
-
-_STRICT: dict[Any, Callable[[Any], Any]] = {
-    str: _text, int: _integer, float: _number, bool: _truth,
-    list: partial(_instance, list, "a list"), dict: partial(_instance, dict, "an object"),
-}
+def _strict(kind: Any, value: Any) -> Any:
+    """A value of one of the built-in types, without the surprises of calling them: bool("False"), int(1.5)."""
+    text = str(value)
+    if kind is str and not isinstance(value, bool | list | dict) and not re.search("[\ud800-\udfff]", text):
+        return text
+    if kind is int and (match := re.fullmatch(r"\s*([+-]?[0-9]{1,4300})(\.0)?\s*", text)):
+        return int(match[1])
+    if kind is float and re.fullmatch(r"[-+.0-9eE\s]+", text) and math.isfinite(number := float(text)):
+        return number
+    if kind is bool and text.lower() in ("true", "1", "false", "0"):
+        return text.lower() in ("true", "1")
+    if kind in (list, dict) and isinstance(value, kind):
+        return value
+    raise ValueError(f"Must be {_STRICT[kind]}")
 
 def read_json(request: werkzeug.Request) -> dict[str, Any]:
-    """The object in the body; {} without a body, or if its type is not JSON.
+    """The object in the body; {} without a body, or if its type is not JSON; BadRequest for what is not strict JSON.
 
-    Raises BadRequest for what is not strict JSON (RFC 8259, RFC 7493): other encodings than UTF-8, NaN, 1e999, a member
-    that stands twice, half of a surrogate pair, absurd nesting.
+    That is RFC 8259 in UTF-8, without NaN, 1e999, a member that stands twice, half of a surrogate pair, absurd nesting.
     """
-    body = request.get_data() if request.is_json else b""
+
+    def members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            raise ValueError
+        return found
+
+    body, number = request.get_data() if request.is_json else b"", partial(_strict, float)
     try:
-        value = json.loads(body or b"{}", parse_constant=_number, parse_float=_number, object_pairs_hook=_members)
+        value = json.loads(body.decode() or "{}", parse_constant=number, parse_float=number, object_pairs_hook=members)
         json.dumps(value, ensure_ascii=False).encode()  # what could not be written out again is not let in
     except (ValueError, RecursionError):
         raise Refusal(message="The JSON body could not be read") from None
     if not isinstance(value, dict):
         raise Refusal(message="The JSON body must be an object")
     return value
-
-def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(members := dict(pairs)) < len(pairs):
-        raise ValueError("a member stands twice")
-    return members
 
 @dataclass(frozen=True)
 class Text:
@@ -354,7 +352,7 @@ class Text:
     hint: str = "free of NUL characters"
 
     def __call__(self, value: Any) -> str:
-        text = _text(value)
+        text = str(_strict(str, value))
         if not self.shortest <= len(text) <= self.longest:
             raise ValueError(f"Must have {self.shortest:,} to {self.longest:,} characters, not {len(text):,}")
         if not re.fullmatch(self.pattern, text):
@@ -368,10 +366,9 @@ def parser_of(*arguments: Argument) -> RequestParser:
 
 @dataclass(frozen=True, eq=False)
 class Resource:
-    """A data model; registering it gives it the routes /<name> and /<name>/<id>.
+    """A data model; registering it gives it the routes /<name> and /<name>/<id>, with ids like todo1 for the item todo.
 
-    item begins the ids (todo1, todo2); arguments say what an item holds; starter, {id: item}, is what a new account
-    begins with.
+    arguments say what an item holds; starter, {id: item}, is what a new account begins with.
     """
 
     name: str
@@ -396,7 +393,7 @@ TODOS = {"todo1": {"task": "build an API"}, "todo2": {"task": "?????"}, "todo3":
 TODO_RESOURCE = Resource("todos", "todo", [Argument("task", type=Text(1, 10_000), required=True)], TODOS)
 
 
-# ---- Stores -------------------------------------------------------------------------------------------------------
+# ---- Stores ---------------------------------------------------------------------------------------------------------
 # All that one user owns is a nested mapping {collection: {key: plain JSON dict}}, reached through one transaction,
 # store.read(user) or store.write(user). Nothing crosses users, so nothing is contended, and any machine can hold any
 # user. Values are replaced, never edited in place; check first, then write, for the memory store cannot roll back.
@@ -459,12 +456,162 @@ class MemoryStore:
             if not any(self._users[user].values()):
                 del self._users[user]
 
-def open_store(url: str) -> MemoryStore:
-    """The store that a URL names."""
-    return MemoryStore()
+_SCHEMA_VERSION = 1
+_SCHEMA = (  # the primary key is the order of a page; with key before position, PostgreSQL would scan the collection
+    "CREATE TABLE IF NOT EXISTS user_data (owner TEXT, collection TEXT, position BIGINT, key TEXT NOT NULL,"
+    " value TEXT NOT NULL, PRIMARY KEY (owner, collection, position), UNIQUE (owner, collection, key))",
+    "CREATE TABLE IF NOT EXISTS schema_version (version INTEGER PRIMARY KEY)",
+)
+_ALL = "owner = :owner AND collection = :collection"
+_ONE = f"{_ALL} AND key = :key"
+_SQL = {
+    "lock": "SELECT pg_advisory_xact_lock(hashtextextended(:owner, 0))",
+    "get": f"SELECT value FROM user_data WHERE {_ONE}",
+    "page": f"SELECT position, key, value FROM user_data WHERE {_ALL} AND position > :after"
+    " ORDER BY position LIMIT :limit",
+    "count": f"SELECT count(*) FROM user_data WHERE {_ALL}",
+    "update": f"UPDATE user_data SET value = :value WHERE {_ONE}",
+    # The time, since max + 1 alone would give the place of a deleted last item again, where a cursor may stand.
+    "insert": "INSERT INTO user_data (owner, collection, position, key, value) SELECT CAST(:owner AS TEXT),"
+    " CAST(:collection AS TEXT), CASE WHEN max(position) >= :now THEN max(position) + 1 ELSE CAST(:now AS BIGINT) END,"
+    f" CAST(:key AS TEXT), CAST(:value AS TEXT) FROM user_data WHERE {_ALL}",
+    "delete": f"DELETE FROM user_data WHERE {_ONE}",
+    "clear": "DELETE FROM user_data WHERE owner = :owner",
+}
+
+class SQLCollection(MutableMapping[str, dict[str, Any]]):
+    """A collection in a table; nothing is loaded but what is asked for."""
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self._run = run
+
+    def __getitem__(self, key: str) -> dict[str, Any]:
+        if (row := self._run("get", key=key).first()) is None:
+            raise KeyError(key)
+        return dict(json.loads(row[0]))
+
+    def __setitem__(self, key: str, value: dict[str, Any]) -> None:
+        text = to_text(value)
+        if not self._run("update", key=key, value=text).rowcount:
+            self._run("insert", key=key, value=text, now=time.time_ns() // 1000)
+
+    def __delitem__(self, key: str) -> None:
+        if not self._run("delete", key=key).rowcount:
+            raise KeyError(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([key for _, key, _ in self.page()])
+
+    def __len__(self) -> int:
+        return int(self._run("count").scalar())
+
+    def page(self, after: int = 0, limit: int | None = None) -> list[tuple[int, str, dict[str, Any]]]:
+        rows = self._run("page", after=after, limit=2**60 if limit is None else limit)
+        return [(position, key, json.loads(text)) for position, key, text in rows]
+
+class SQLData(dict[str, SQLCollection]):
+    """One user's collections, made when they are asked for."""
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self._run = run
+
+    def __missing__(self, collection: str) -> SQLCollection:
+        self[collection] = SQLCollection(partial(self._run, collection=collection))
+        return self[collection]
+
+    def clear(self) -> None:
+        self._run("clear")
+
+class SQLStore:
+    """The same mapping in one table: in SQLite for one machine, in PostgreSQL for several.
+
+    A writer holds its user's lock (in SQLite: the file's), so one user's writes come one after the other and do not
+    conflict; a reader sees a snapshot. Raises StoreError, and ValueError for a URL or a schema that cannot be used.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._is_sqlite, self._is_ready = url.startswith("sqlite:"), False
+        postgres = {"connect_timeout": 5, "options": "-c lock_timeout=10s -c idle_in_transaction_session_timeout=30s"}
+        try:
+            import sqlalchemy as sa
+
+            self._engine = sa.create_engine(
+                url, isolation_level="AUTOCOMMIT" if self._is_sqlite else "READ COMMITTED", pool_timeout=5,
+                pool_pre_ping=not self._is_sqlite, connect_args={} if self._is_sqlite else postgres,
+            )  # fmt: skip
+        except ImportError as error:
+            extra = "sql" if error.name == "sqlalchemy" else "postgres"
+            raise ValueError(f"SERVICE_STORE_URL needs: pip install 'todo-service[{extra}]'") from None
+        self._errors = (sa.exc.DBAPIError, sa.exc.TimeoutError)
+        self._statements = {name: sa.text(sql) for name, sql in _SQL.items()}
+        if self._is_sqlite:  # with AUTOCOMMIT the driver begins nothing; so a writer can take the lock as it begins
+            sa.event.listen(self._engine, "connect", _set_up_sqlite)
+            sa.event.listen(self._engine, "begin", lambda c: c.exec_driver_sql(c.get_execution_options()["begin"]))
+        self._writer: dict[str, Any] = {"begin": "BEGIN IMMEDIATE"}
+        self._reader: dict[str, Any] = {"begin": "BEGIN"}
+        if not self._is_sqlite:
+            self._reader, self._writer = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}, {}
+        with suppress(StoreError):  # a database that is down now may come up
+            self._make_ready()
+        self._engine.dispose()  # so that no connection is carried over a fork
+
+    def _make_ready(self) -> None:
+        """Make the tables, once for all the workers that start together; refuse those of a later version."""
+        for attempts_left in reversed(range(10)):
+            patience = suppress(StoreError) if attempts_left else nullcontext()
+            with patience, self._transaction(self._writer) as connection:
+                for statement in _SCHEMA:
+                    connection.exec_driver_sql(statement)
+                version = connection.exec_driver_sql("SELECT max(version) FROM schema_version").scalar()
+                if version is None:
+                    connection.exec_driver_sql(f"INSERT INTO schema_version VALUES ({_SCHEMA_VERSION})")
+                break
+            time.sleep(random.random() / 20)
+        if version and version > _SCHEMA_VERSION:
+            raise ValueError(f"SERVICE_STORE_URL: a later version made this store, with schema {version}")
+        self._is_ready = True
+
+    @contextmanager
+    def _transaction(self, options: dict[str, Any]) -> Iterator[Any]:
+        try:
+            with self._engine.connect().execution_options(**options) as connection, connection.begin():
+                yield connection
+        except self._errors as error:
+            cause = getattr(error, "orig", None) or error
+            log.error("store: %s", cause)  # without SQLAlchemy's words, which would quote what users wrote
+            raise StoreError(conflict=getattr(cause, "sqlstate", None) in ("40001", "40P01")) from error
+
+    @contextmanager
+    def _user_data(self, user: str, options: dict[str, Any], *, lock: bool) -> Iterator[Data]:
+        if not self._is_ready:
+            self._make_ready()
+        with self._transaction(options) as connection:
+
+            def run(statement: str, **values: Any) -> Any:
+                return connection.execute(self._statements[statement], {"owner": user, **values})
+
+            if lock:
+                run("lock")
+            yield SQLData(run)
+
+    def read(self, user: str) -> AbstractContextManager[Data]:
+        """A snapshot of what the user owns."""
+        return self._user_data(user, self._reader, lock=False)
+
+    def write(self, user: str) -> AbstractContextManager[Data]:
+        """What the user owns, to be changed; all of it, or nothing if the block raises."""
+        return self._user_data(user, self._writer, lock=not self._is_sqlite)
+
+def _set_up_sqlite(connection: Any, record: Any) -> None:
+    for pragma in ("busy_timeout = 10000", "journal_mode = WAL", "synchronous = FULL"):
+        connection.execute(f"PRAGMA {pragma}").close()
+
+def open_store(url: str) -> MemoryStore | SQLStore:
+    """The store that a URL names: memory:, sqlite:///FILE or postgresql://USER@HOST/DATABASE."""
+    return MemoryStore() if url == "memory:" else SQLStore(url)
 
 
-# ---- Tokens -------------------------------------------------------------------------------------------------------
+# ---- Tokens ---------------------------------------------------------------------------------------------------------
 # Two kinds of JWT. The access token (at+jwt, minutes) opens the API; the refresh token (rt+jwt, as long as its session)
 # buys the next pair. It holds nothing random, so one generation of a session is always the same text. The key that kid
 # names fixes the algorithm, the token has no say in it. Keys are PyJWT's business; time is checked here, by one clock.
@@ -486,7 +633,7 @@ class Key(NamedTuple):
     signing: Any
 
 def secret_key(text: str) -> Key:
-    """An HS256 key. Its kid is a MAC under the key, which tells nothing of it."""
+    """An HS256 key; its kid is a MAC under the key, which tells nothing of it."""
     secret = text.encode("utf-8", "surrogateescape")
     return Key(hmac.digest(secret, b"kid", "sha256")[:9].hex(), "HS256", secret)
 
@@ -543,7 +690,7 @@ class Tokens:
         return MappingProxyType(claims)
 
 
-# ---- Sessions and passwords ---------------------------------------------------------------------------------------
+# ---- Sessions and passwords -----------------------------------------------------------------------------------------
 # A login opens a session, a row {gen, rotated_at, expires_at} in the user's data; tokens are good while it is there.
 # A refresh steps gen. A token of an older generation, seen again, means that two parties hold it, so the session ends
 # for both (RFC 9700 §4.14.2). These functions work on one user's data; hashing is slow and stays outside of that.
@@ -553,9 +700,11 @@ SESSIONS_A_USER = 20
 def open_session(data: Data, now: float, ttl: int) -> tuple[str, dict[str, Any]]:
     """A new session, its id first. Dead sessions go, and the oldest beyond the limit."""
     sessions = data["sessions"]
-    live = [sid for sid, session in sessions.items() if session["expires_at"] > now]
-    for sid in set(sessions) - set(live[1 - SESSIONS_A_USER :]):
-        del sessions[sid]
+    rows = sessions.page()
+    live = [sid for _, sid, session in rows if session["expires_at"] > now][1 - SESSIONS_A_USER :]
+    for _, sid, _ in rows:
+        if sid not in live:
+            del sessions[sid]
     sid = secrets.token_urlsafe(12)
     sessions[sid] = session = {"gen": 1, "rotated_at": now, "expires_at": int(now) + ttl}
     return sid, session
@@ -574,76 +723,66 @@ def renew_session(data: Data, sid: str, gen: int, now: float, grace: int) -> dic
 class Passwords:
     """Hashes and checks passwords, two at a time, and makes guessing slow.
 
-    A class, since it counts. It counts in this process only: n workers let n times as many guesses through.
+    A class, since it counts; it counts in this process only, so n workers let n times as many guesses through.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._turns = threading.BoundedSemaphore(2)  # scrypt takes 32 MB and 0.1 s
-        self._wrong: OrderedDict[tuple[str, str], tuple[int, float]] = OrderedDict()  # (count, wait until)
-        self._lock = threading.Lock()
+        self._clock, self._lock = clock, threading.Lock()
+        self._two = threading.BoundedSemaphore(2)  # scrypt takes 32 MB and 0.1 s
+        self._wrong: OrderedDict[tuple[str, str], tuple[int, float]] = OrderedDict()  # key: (count, wait until)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        if not self._two.acquire(timeout=5):
+            raise http.ServiceUnavailable("Too many passwords are being checked", retry_after=5)
+        try:
+            yield
+        finally:
+            self._two.release()
 
     def hash(self, password: str) -> str:
         """A salted scrypt hash; 503 if no turn comes within 5 s."""
         with self._turn():
-            return generate_password_hash(_composed(password))
+            return generate_password_hash(unicodedata.normalize("NFC", password))  # RFC 8265 §4.2: however typed
 
     def match(self, hash: str | None, password: str, name: str, address: str) -> bool:
         """Is it the password? Never without a hash (there is no such user), after the same time.
 
         Raises 429 before any hashing after 10 wrong ones in a row for a name from an address, or 100 for any names.
         """
-        client = _network(address)
-        limits = {(client, name[:65]): 10, (client, ""): 100}
-        self._refuse_guesses(limits)
-        with self._turn():
-            self._refuse_guesses(limits)  # who waited beside a wrong guess is held to it
-            if check_password_hash(hash or _NO_HASH, _composed(password)) and hash:
+        limits = {(client := _network(address), name[:65]): 10, (client, ""): 100}
+        with self._turn():  # and only then look, so that whoever waited beside a wrong guess is held to it
+            wait = max(self._wrong.get(key, (0, 0.0))[1] for key in limits) - self._clock()
+            if wait > 0:
+                raise http.TooManyRequests("Too many wrong passwords", retry_after=math.ceil(wait))
+            if check_password_hash(hash or _NO_HASH, unicodedata.normalize("NFC", password)) and hash:
                 self._wrong.pop((client, name[:65]), None)  # one's own login is no licence to guess other names
                 return True
             self._count(limits)
             return False
 
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        if not self._turns.acquire(timeout=5):
-            raise http.ServiceUnavailable("Too many passwords are being checked", retry_after=5)
-        try:
-            yield
-        finally:
-            self._turns.release()
-
-    def _refuse_guesses(self, keys: Iterable[tuple[str, str]]) -> None:
-        wait = max(self._wrong.get(key, (0, 0.0))[1] for key in keys) - self._clock()
-        if wait > 0:
-            raise http.TooManyRequests("Too many wrong passwords", retry_after=math.ceil(wait))
-
     def _count(self, limits: dict[tuple[str, str], int]) -> None:
-        """From the limit on, each wrong password doubles the wait, from 1 s to 15 min."""
+        """From the limit on, a wrong password doubles the wait, 1 s to 15 min; 15 quiet minutes are forgiven."""
         now = self._clock()
         with self._lock:
             for key, limit in limits.items():
                 count, until = self._wrong.pop(key, (0, now))
-                count = count + 1 if now < until + 900 else 1  # 15 quiet minutes are forgiven
-                wait = min(2 ** min(count - limit, 10), 900) if count >= limit else 0
-                self._wrong[key] = (count, now + wait)
+                count = count + 1 if now < until + 900 else 1
+                self._wrong[key] = (count, now + min(2 ** min(count - limit, 10), 900) if count >= limit else now)
             while len(self._wrong) > 20_000:
                 self._wrong.popitem(last=False)
 
 _NO_HASH = "scrypt:32768:8:1$none$" + "0" * 128  # of no password, as slow to check as any
 
-def _composed(password: str) -> str:
-    return unicodedata.normalize("NFC", password)  # keyboards differ in how they compose (RFC 8265 §4.2)
-
 def _network(address: str) -> str:
     """What one client owns: an IPv4 address, or the /64 around an IPv6 address."""
     with suppress(ValueError):
-        if (ip := ipaddress.ip_address(address)).version == 6:
-            return str(ipaddress.ip_network((ip, 64), strict=False))
+        if ":" in address:
+            return str(ipaddress.ip_network((address, 64), strict=False))
     return address
 
 
-# ---- HTTP edge ----------------------------------------------------------------------------------------------------
+# ---- HTTP edge ------------------------------------------------------------------------------------------------------
 # What stands between the wire and the views: a request that reads its body once and bounded, knows its bearer and
 # opens that user's data; JSON out; and the preconditions of RFC 9110 §13.
 
@@ -681,10 +820,9 @@ class Request(werkzeug.Request):
         return BytesIO(body)
 
     def parse(self, parser: RequestParser, public: bool = False) -> Namespace:
-        """What parser finds, for a bearer unless public; 415 for a body that is neither JSON nor a form."""
-        self.claims if not public else None
+        """What the parser finds, for a bearer unless public; 415 for a body that is neither JSON nor a form."""
         forms = ("application/x-www-form-urlencoded", "multipart/form-data")
-        if not self.is_json and self.mimetype not in forms and self.get_data():
+        if (public or self.user) and not self.is_json and self.mimetype not in forms and self.get_data():
             raise http.UnsupportedMediaType(f"Send application/json or {forms[0]}")
         return parser.parse_args(self)
 
@@ -702,19 +840,15 @@ class Request(werkzeug.Request):
         return str(self.claims["sub"])
 
     @contextmanager
-    def _data(self, transaction: Callable[[str], AbstractContextManager[Data]]) -> Iterator[Data]:
-        with transaction(self.user) as data:
+    def _data(self, transaction: str) -> Iterator[Data]:
+        """The bearer's data in a transaction of the store; 401 if the session has ended."""
+        with getattr(self.service.store, transaction)(self.user) as data:
             if self.claims["sid"] not in data["sessions"]:
                 raise InvalidToken("The session has ended")
             yield data
 
-    def read(self) -> AbstractContextManager[Data]:
-        """The bearer's data, to be read; 401 if the session has ended."""
-        return self._data(self.service.store.read)
-
-    def write(self) -> AbstractContextManager[Data]:
-        """The bearer's data, to be changed; 401 if the session has ended."""
-        return self._data(self.service.store.write)
+    read = partialmethod(_data, "read")
+    write = partialmethod(_data, "write")
 
     @property
     def prefix(self) -> str:
@@ -797,7 +931,7 @@ def send(request: Request, start_response: StartResponse, reply: Any) -> Iterabl
 NO_STORE = {"Cache-Control": "no-store"}
 
 
-# ---- Views --------------------------------------------------------------------------------------------------------
+# ---- Views ----------------------------------------------------------------------------------------------------------
 # Plain functions: parse, act, answer. A view takes the request and its URL arguments, raises early and catches
 # nothing. It may be run again from its start, so what it does outside of the store must bear that.
 
@@ -810,13 +944,15 @@ NEW_PASSWORD = parser_of(Argument("password", required=True), Argument("new_pass
 OLD_PASSWORD = parser_of(Argument("password", required=True))
 PAGE = parser_of(
     Argument("limit", int, choices=range(1, 1001), location="args", help="Must be a whole number from 1 to 1,000"),
-    Argument("after", partial(int, base=16), default="0", location="args", help="Must come from a Link header"),
+    Argument("after", partial(int, base=16), default=0, location="args", help="Must come from a Link header"),
 )
 
 def read_index(request: Request) -> Reply:
     """What there is"""
-    rules = [(rule, method) for rule in request.service.routes.iter_rules() for method in sorted(rule.methods or ())]
-    index = {f"{method} {request.prefix}{rule.rule}": rule.endpoint.__doc__ for rule, method in rules if method != "HEAD"}
+    index = {
+        f"{method} {request.prefix}{rule.rule}": rule.endpoint.__doc__
+        for rule in request.service.routes.iter_rules() for method in sorted(rule.methods or ()) if method != "HEAD"
+    }  # fmt: skip
     return index, 200, {"Vary": "Accept"}
 
 def read_health(request: Request) -> Any:
@@ -836,19 +972,19 @@ def create_user(request: Request) -> Reply:
 
 def add_account(service: Service, name: str, password: str) -> None:
     """A new account with its starter items; 409 if the name is taken."""
-    refuse_name(name, password, "password")
-    record = {"hash": service.passwords.hash(password)}
+    account = new_account(service, name, password, "password")
     with service.store.write(name) as data:
         if "password" in data["account"]:
             raise http.Conflict(f"The name {name} is taken")
-        data["account"]["password"] = record
+        data["account"]["password"] = account
         for resource in service.resources:
             for id, item in resource.starter.items():
                 add_item(data, resource, id, dict(item))
 
-def refuse_name(name: str, password: str, argument: str) -> None:
+def new_account(service: Service, name: str, password: str, argument: str) -> dict[str, str]:
     if password.casefold() == name:
         raise Refusal(message={argument: "Must not be the name itself"})
+    return {"hash": service.passwords.hash(password)}
 
 def read_user(request: Request) -> Any:
     """Who is logged in"""
@@ -857,46 +993,44 @@ def read_user(request: Request) -> Any:
 
 def change_password(request: Request) -> Reply:
     """Change the password; all other sessions end"""
-    user, given = request.user, request.parse(NEW_PASSWORD)
-    record = confirmed_account(request, given.password)
-    refuse_name(user, given.new_password, "new_password")
-    changed = {"hash": request.service.passwords.hash(given.new_password)}
+    given = request.parse(NEW_PASSWORD)
+    account = confirmed_account(request, given.password)
+    changed = new_account(request.service, request.user, given.new_password, "new_password")
     with request.write() as data:
-        refuse_change(data, record)
+        refuse_unless(data, account)
         data["account"]["password"] = changed
         for sid in set(data["sessions"]) - {request.claims["sid"]}:
             del data["sessions"][sid]
-    request.log("password changed", user)
+    request.log("password changed", request.user)
     return None, 204, {}
 
 def delete_user(request: Request) -> Reply:
     """Delete the account and all that it holds"""
-    user, given = request.user, request.parse(OLD_PASSWORD)
-    record = confirmed_account(request, given.password)
+    account = confirmed_account(request, request.parse(OLD_PASSWORD).password)
     with request.write() as data:
-        refuse_change(data, record)
+        refuse_unless(data, account)
         data.clear()
-    request.log("account deleted", user)
+    request.log("account deleted", request.user)
     return None, 204, {}
 
-def confirmed_account(request: Request, password: str) -> dict[str, Any]:
-    """The bearer's account, after the bearer's password; 400 for another one."""
+def confirmed_account(request: Request, password: str) -> Any:
+    """The bearer's account, once the bearer has given its password."""
     with request.read() as data:
-        record = data["account"]["password"]
-    if not is_password(request, record, request.user, password):
+        account = data["account"]["password"]
+    if not is_password(request, account, request.user, password):
         raise Refusal(message={"password": "Wrong password"})
-    return dict(record)
+    return account
 
-def is_password(request: Request, record: Any, name: str, password: str) -> bool:
-    hash = record and record["hash"]
-    if request.service.passwords.match(hash, password, name, request.remote_addr or ""):
-        return True
+def is_password(request: Request, account: Any, name: str, password: str) -> bool:
+    known = account and account["hash"]
+    if good := request.service.passwords.match(known, password, name, request.remote_addr or ""):
+        return good
     request.log("failed login", name)
     return False
 
-def refuse_change(data: Data, record: dict[str, Any]) -> None:
-    """The password was checked outside of the transaction, so inside, it is compared once more."""
-    if data["account"].get("password") != record:
+def refuse_unless(data: Data, account: Any) -> None:
+    """Passwords are checked outside of the transaction, so inside of it the account must still be the same."""
+    if data["account"].get("password") != account:
         raise Refusal(message={"password": "Was changed at this moment"})
 
 def issue_token(request: Request) -> Reply:
@@ -921,15 +1055,15 @@ def grant_arguments(request: Request, *names: str) -> list[str]:
 
 def log_in(request: Request, name: str, password: str) -> dict[str, Any]:
     """A new session's tokens. First-party login: RFC 9700 §2.4 retires this grant for third parties."""
-    service, record = request.service, None
+    service, account = request.service, None
     if re.fullmatch(NAME.pattern, name):
         with service.store.read(name) as data:
-            record = data["account"].get("password")
-    if not is_password(request, record, name, password):
-        raise Refusal(error="invalid_grant", error_description="The user name or the password is wrong")
+            account = data["account"].get("password")
+    if not is_password(request, account, name, password):
+        raise InvalidToken("The user name or the password is wrong")
     with service.store.write(name) as data:
-        if data["account"].get("password") != record:
-            raise Refusal(error="invalid_grant", error_description="The password was changed at this moment")
+        if data["account"].get("password") != account:
+            raise InvalidToken("The user name or the password was changed at this moment")
         sid, session = open_session(data, service.clock(), service.settings.refresh_ttl)
     return service.tokens.pair(name, sid, session["gen"], session["expires_at"])
 
@@ -944,7 +1078,7 @@ def refresh(request: Request, token: str) -> dict[str, Any]:
         return service.tokens.pair(user, sid, session["gen"], session["expires_at"])
     if known:
         request.log("reuse detected", user)
-    raise Refusal(error="invalid_grant", error_description="The session has ended: log in again")
+    raise InvalidToken("The session has ended: log in again")
 
 def revoke_token(request: Request) -> Reply:
     """Log out: end the session of an access or a refresh token (RFC 7009)"""
@@ -1038,31 +1172,36 @@ def counter(data: Data, resource: Resource) -> dict[str, int]:
     return data["counters"].get(resource.name) or {"last": 0, "count": 0}
 
 
-# ---- Routes -------------------------------------------------------------------------------------------------------
+# ---- Routes ---------------------------------------------------------------------------------------------------------
 # One Map whose endpoints are the views themselves. Every resource gets the same six rules; an embedder's own rules
 # come last and are served just the same.
 
-ROUTES = {
+ROUTES: dict[str, View] = {
     "GET /": read_index, "GET /health": read_health,
     "POST /users": create_user, "GET /users/me": read_user,
     "PATCH /users/me": change_password, "DELETE /users/me": delete_user,
     "POST /token": issue_token, "POST /revoke": revoke_token,
 }  # fmt: skip
-ITEM_ROUTES = {
+ITEM_ROUTES: dict[str, View] = {
     "GET /{}": list_items, "POST /{}": create_item, "GET /{}/<id>": read_item, "PUT /{}/<id>": put_item,
     "PATCH /{}/<id>": update_item, "DELETE /{}/<id>": delete_item,
 }  # fmt: skip
 
 def make_routes(resources: Iterable[Resource], routes: Iterable[Rule]) -> Map:
-    table: list[tuple[str, View, Any]] = [(route, view, {}) for route, view in ROUTES.items()]
+    """The Map of an app. An embedder's rules are copied, since a Rule binds only once."""
+
+    def rule(route: str, view: View, **defaults: Any) -> Rule:
+        method, path = route.split()
+        return Rule(path, methods=[method], endpoint=view, defaults=defaults)
+
+    rules = [rule(route, view) for route, view in ROUTES.items()]
     for each in resources:
-        table += [(route.format(each.name), view, {"resource": each}) for route, view in ITEM_ROUTES.items()]
-    rules = [Rule(route.split()[1], methods=[route.split()[0]], endpoint=view, defaults=arguments) for route, view, arguments in table]
-    # /todos/ and //todos are other paths than /todos; an embedder's rules are copied, for a Rule binds only once
+        rules += [rule(route.format(each.name), view, resource=each) for route, view in ITEM_ROUTES.items()]
+    # No redirects: /todos/ and //todos are other paths than /todos.
     return Map([*rules, *(rule.empty() for rule in routes)], merge_slashes=False, redirect_defaults=False)
 
 
-# ---- Application ------------------------------------------------------------------------------------------------------
+# ---- Application ----------------------------------------------------------------------------------------------------
 # create_app puts the rooms together. Here, and only here, errors become responses. start_response is called directly,
 # since a Response object costs as much as all the rest of an authenticated GET.
 
@@ -1076,7 +1215,7 @@ def create_app(
 ) -> WSGIApplication:
     """The service as a WSGI callable (PEP 3333); ValueError for settings or names that cannot work.
 
-    settings come from the environment unless given, the store from their URL; resources take the place of the to-dos;
+    settings come from the environment unless given, the store from their URL; resources replace the to-dos;
     routes are Werkzeug Rules whose endpoints are views of your own, view(request, **url_arguments) returning JSON,
     (JSON, status), (JSON, status, headers) or a Werkzeug Response; clock gives the time in seconds.
     """
@@ -1099,10 +1238,21 @@ def create_app(
         view, arguments = adapter.match(request.path, request.method)
         return view(request, **arguments)
 
+    def repeated(answer: View, request: Request) -> Any:
+        """Run a view again after a conflict of its transaction, up to 8 times."""
+        for attempt in range(8):
+            try:
+                return answer(request)
+            except StoreError as error:
+                if not error.conflict or attempt == 7:
+                    raise
+                time.sleep(random.random() * 0.005 * 2**attempt)
+        raise AssertionError
+
     def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         request = Request(environ, service)
         try:
-            reply = answer(request)
+            reply = repeated(answer, request)
         except RequestRedirect:
             reply = error_reply(http.NotFound(), oauth=False)
         except http.HTTPException as error:
@@ -1113,7 +1263,7 @@ def create_app(
     return ProxyFix(app, x_for=hops, x_proto=hops, x_host=hops, x_prefix=hops) if hops else app
 
 
-# ---- Main -------------------------------------------------------------------------------------------------------------
+# ---- Main -----------------------------------------------------------------------------------------------------------
 # python service.py is the development server, which starts anew whenever a file changes.
 
 def main() -> None:
