@@ -7,7 +7,7 @@ password is asked for again. `gunicorn` deploys it, `python service.py` is for d
     curl localhost:5000/token -d grant_type=password -d username=alice -d 'password=correct horse battery'
 
 The rooms, in reading order; each uses only what stands above it: Settings, Errors, Arguments, Stores, Tokens,
-Sessions and passwords, HTTP edge, Views, Routes, Application, Main.
+Sessions and passwords, HTTP edge, Views, OpenAPI, Routes, Application, Guard, Main.
 """
 
 from __future__ import annotations
@@ -32,14 +32,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache, partial, partialmethod
+from getpass import getpass
+from importlib.util import find_spec
 from io import BytesIO
 from itertools import islice
+from pathlib import Path
 from types import MappingProxyType
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 from urllib.parse import quote
 
 import jwt
 import werkzeug
+from jwt.utils import base64url_encode
 from werkzeug import exceptions as http
 from werkzeug.datastructures import FileStorage
 from werkzeug.http import HTTP_STATUS_CODES
@@ -47,11 +51,15 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.routing import Map, RequestRedirect, Rule
 from werkzeug.security import check_password_hash, generate_password_hash
 from werkzeug.serving import run_simple
+from werkzeug.utils import send_from_directory
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 log = logging.getLogger("service")
+
+def log_event(event: str, user: str, address: str | None) -> None:
+    log.info("%s: user %r, address %r", event, user, address)  # %r, since a wrong name may be any text
 
 # ---- Settings -------------------------------------------------------------------------------------------------------
 # One frozen value holds every setting. It is checked when it is made, so whoever holds one holds a good one.
@@ -64,7 +72,9 @@ _RULES = {  # setting: (pattern of its UTF-8 bytes, what that means, an example)
     "refresh_grace": (r"[0-9]{1,3}", "seconds, 0 to 999", "10"),
     "signup": (r"open|closed", "open or closed", "closed"),
     "issuer": (r"https?://[^\s/?#,\"\\]+[^\s?#,\"\\]*", "the URL that clients use", "https://todo.example"),
-    "audience": (r"[^\s\"\\]*", "names with commas between", "https://todo.example,https://shop.example"),
+    "audience": (r"(\s*[^\s\",\\]{1,200}\s*(,|$)){0,10}", "names with commas between", "https://todo.example,https://shop.example"),
+    "cors_origins": (r"\*|(\s*https?://[^\s/?#,]+\s*(,|$))*", "* or origins with commas", "https://app.example"),
+    "signing_key_file": (r"[^\0]*", "PEM files with commas between", "/etc/todo/ed25519.pem"),
     "max_body": (r"[1-9][0-9]{2,8}", "bytes, 100 to 999999999", "65536"),
     "max_items": (r"[1-9][0-9]{0,6}", "items, 1 to 9999999", "10000"),
     "proxies": (r"[0-9]", "trusted hops, 0 to 9", "1"),
@@ -82,6 +92,8 @@ class Settings:
     signup: str = "open"
     issuer: str = "http://localhost:5000"
     audience: str = ""  # the issuer unless given
+    signing_key_file: str = ""  # of several, the first signs access tokens, all verify and are published
+    cors_origins: str = ""
     max_body: int = 65_536
     max_items: int = 10_000  # of one resource, a user
     proxies: int = 0
@@ -173,7 +185,7 @@ class RequestParser:
 
     def add_argument(self, name: str | Argument, **options: Any) -> RequestParser:
         """Add an Argument, or the one that Argument(name, **options) makes; returns the parser."""
-        self.args.append(name if isinstance(name, Argument) else Argument(name, **options))
+        self.args.append(replace(name, **options) if isinstance(name, Argument) else Argument(name, **options))
         return self
 
     def replace_argument(self, name: str, **options: Any) -> RequestParser:
@@ -200,7 +212,7 @@ class RequestParser:
 
         Raises BadRequest with data {"message": {name: text}}, or {"message": text} for JSON that cannot be read.
         """
-        part = cache(lambda place: read_json(request) if place == "json" else getattr(request, place))
+        part = cache(partial(_part, request))
         values, errors = Namespace(), {}
         for argument in self.args:
             dest, default = argument.dest or argument.name, argument.default
@@ -217,7 +229,7 @@ class RequestParser:
                     values[dest] = default() if callable(default) else default
         if strict:
             known = {(place, argument.name) for argument in self.args for place in argument.places}
-            names = [(place, name) for place in ("json", "form", "files", "args") for name in part(place)]
+            names = [(place, str(name)) for place in ("json", "form", "files", "args") for name in part(place)]
             errors = {name: "Unknown argument" for place, name in names if (place, name) not in known} | errors
         if errors:
             raise Refusal(message=errors)
@@ -254,7 +266,7 @@ class Argument:
 
     def __post_init__(self) -> None:
         locations = [self.location] if isinstance(self.location, str) else self.location
-        places = [place for name in locations for place in (("form", "args") if name == "values" else (name,))]
+        places = [place for name in locations for place in (("args", "form") if name == "values" else (name,))]
         if not set(places) <= _WORDS.keys():
             raise ValueError(f"{self.name}: a location is one of {', '.join(_WORDS)}, values, not {self.location!r}")
         if self.action not in ("store", "append", "split"):
@@ -262,14 +274,16 @@ class Argument:
         if not callable(self.type):
             raise TypeError(f"{self.name}: a type is a function of one value, not {self.type!r}")
         object.__setattr__(self, "places", places)
-        object.__setattr__(self, "choices", [self._folded(choice) for choice in self.choices])
+        if not isinstance(self.choices, range):
+            object.__setattr__(self, "choices", [self._folded(choice) for choice in self.choices])
 
     def parse(self, part: Callable[[str], Any], trim: bool = False) -> Any:
         """The value, or the list of values, or _MISSING; ValueError with the text for the client."""
         place = next((place for place in self.places if self.name in part(place)), None)
         if place is None:
             if self.required:
-                raise ValueError("Missing required parameter in " + " or ".join(map(_WORDS.__getitem__, self.places)))
+                where = [words for place, words in _WORDS.items() if place in self.places]
+                raise ValueError(f"Missing required parameter in {' or '.join(where)}")
             return _MISSING
         values = [part(place)[self.name]] if place == "json" else part(place).getlist(self.name)
         trim = trim if self.trim is None else self.trim
@@ -277,8 +291,8 @@ class Argument:
             return self.convert(values[0], trim)
         if isinstance(values[0], list):
             values = values[0]
-        elif self.action == "split":
-            values = [item for text in values if text != "" for item in str(text).split(",")]
+        elif self.action == "split" and isinstance(values[0], str):
+            values = [item for text in values if text for item in text.split(",")]
         return [self.convert(value, trim) for value in values]
 
     def convert(self, value: Any, trim: bool = False) -> Any:
@@ -291,7 +305,7 @@ class Argument:
             value = value.strip()
         if not (isinstance(value, FileStorage) and self.type in (str, FileStorage)):
             try:
-                value = _strict(self.type, value) if self.type in _STRICT else self.type(value)
+                value = _strict(self.type, value) if any(self.type is kind for kind in _STRICT) else self.type(value)
             except ValueError as error:
                 raise ValueError(str(error) or "Invalid value") from None
             except (TypeError, ArithmeticError, AttributeError, LookupError):
@@ -304,6 +318,13 @@ class Argument:
     def _folded(self, value: Any) -> Any:
         return value.lower() if isinstance(value, str) and not self.case_sensitive else value
 
+def _part(request: werkzeug.Request, place: str) -> Any:
+    try:
+        return read_json(request) if place == "json" else getattr(request, place)
+    except UnicodeDecodeError:
+        raise Refusal(message="The query string must be percent-encoded UTF-8") from None
+
+_FLOAT = re.compile(r"\s*[+-]?[0-9]*\.?[0-9]+([eE][+-]?[0-9]+)?\s*")
 _STRICT = {str: "text", int: "an integer", float: "a number", bool: "true or false", list: "a list", dict: "an object"}
 
 def _strict(kind: Any, value: Any) -> Any:
@@ -313,8 +334,8 @@ def _strict(kind: Any, value: Any) -> Any:
         return text
     if kind is int and (match := re.fullmatch(r"\s*([+-]?[0-9]{1,4300})(\.0)?\s*", text)):
         return int(match[1])
-    if kind is float and re.fullmatch(r"[-+.0-9eE\s]+", text) and math.isfinite(number := float(text)):
-        return number
+    if kind is float and _FLOAT.fullmatch(text) and math.isfinite(float(text)):
+        return float(text)
     if kind is bool and text.lower() in ("true", "1", "false", "0"):
         return text.lower() in ("true", "1")
     if kind in (list, dict) and isinstance(value, kind):
@@ -348,10 +369,12 @@ class Text:
 
     shortest: int
     longest: int
-    pattern: str = r"[^\0]*"
+    pattern: str = r"[^\x00]*"
     hint: str = "free of NUL characters"
 
     def __call__(self, value: Any) -> str:
+        if not isinstance(value, str):
+            raise ValueError("Must be text")
         text = str(_strict(str, value))
         if not self.shortest <= len(text) <= self.longest:
             raise ValueError(f"Must have {self.shortest:,} to {self.longest:,} characters, not {len(text):,}")
@@ -625,41 +648,104 @@ _JWT = jwt.PyJWT(options={"enforce_minimum_key_length": True})
 _UNCHECKED: Any = {"verify_exp": False, "verify_nbf": False, "verify_iat": False, "verify_aud": False}
 Claims = Mapping[str, Any]
 
+_MEMBERS = {"EdDSA": ("crv", "kty", "x"), "ES256": ("crv", "kty", "x", "y"), "RS256": ("e", "kty", "n")}  # RFC 7638
+
 class Key(NamedTuple):
-    """A key and the one algorithm that it is for."""
+    """A key, the one algorithm that it is for, and its public side as a JWK (RFC 7517)."""
 
     kid: str
     algorithm: str
-    signing: Any
+    verifying: Any
+    signing: Any = None
+    jwk: Mapping[str, str] = MappingProxyType({})
 
 def secret_key(text: str) -> Key:
     """An HS256 key; its kid is a MAC under the key, which tells nothing of it."""
     secret = text.encode("utf-8", "surrogateescape")
-    return Key(hmac.digest(secret, b"kid", "sha256")[:9].hex(), "HS256", secret)
+    return Key(hmac.digest(secret, b"kid", "sha256")[:9].hex(), "HS256", secret, secret)
+
+def signing_key(path: str) -> Key:
+    """The private key in a PEM file: Ed25519, P-256, or RSA of 2048 bits; its kid is the thumbprint of RFC 7638."""
+    try:
+        from cryptography.exceptions import UnsupportedAlgorithm
+        from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+        from cryptography.hazmat.primitives.serialization import load_pem_private_key
+    except ImportError:
+        raise ValueError("SERVICE_SIGNING_KEY_FILE needs: pip install 'todo-service[crypto]'") from None
+    algorithm, key = "", cast(Any, None)
+    with suppress(OSError, TypeError, ValueError, UnsupportedAlgorithm):
+        key = load_pem_private_key(Path(path).read_bytes(), password=None)
+    if isinstance(key, ed25519.Ed25519PrivateKey):
+        algorithm = "EdDSA"
+    elif isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name == "secp256r1":
+        algorithm = "ES256"
+    elif isinstance(key, rsa.RSAPrivateKey) and key.key_size >= 2048:
+        algorithm = "RS256"
+    if not algorithm:
+        right = "an unencrypted private key in PEM: Ed25519, P-256 or RSA of 2048 bits, for example that of genkey"
+        raise ValueError(f"SERVICE_SIGNING_KEY_FILE {path!r} cannot be: it must be {right}")
+    public = key.public_key()
+    members = jwt.get_algorithm_by_name(algorithm).to_jwk(public, as_dict=True)
+    jwk = {name: str(members[name]) for name in _MEMBERS[algorithm]}
+    digest = hashlib.sha256(json.dumps(jwk, separators=(",", ":")).encode()).digest()
+    kid = base64url_encode(digest).decode()
+    return Key(kid, algorithm, public, key, {**jwk, "kid": kid, "use": "sig", "alg": algorithm})
+
+def remote_keys(url: str, clock: Callable[[], float]) -> Callable[[str], Key]:
+    """A function that finds a key by its kid in the JWK set at a URL, which is kept for 300 s.
+
+    Whatever kids are asked for, the set is fetched at most once in 10 s. Raises 503 while it cannot be had.
+    """
+    client, lock = jwt.PyJWKClient(url, cache_jwk_set=False, timeout=5), threading.Lock()
+    keys: dict[str, Key] = {}
+    fetched = tried = -math.inf
+
+    def find(kid: str) -> Key:
+        nonlocal keys, fetched, tried
+        now = clock()
+        if kid not in keys or now - fetched >= 300:
+            with lock:
+                if now - tried >= 10:
+                    tried = now
+                    with suppress(jwt.PyJWTError, ValueError, OSError):
+                        jwks = [key for key in client.get_signing_keys() if key.algorithm_name in _MEMBERS]
+                        keys = {str(key.key_id): Key(str(key.key_id), key.algorithm_name, key.key) for key in jwks}
+                        fetched = now
+            if now - fetched >= 300:
+                raise http.ServiceUnavailable("The issuer's keys cannot be had", retry_after=10)
+        return keys[kid]
+
+    return find
 
 class Tokens:
     """Signs and verifies for one issuer. A class, since keys are loaded once and verified tokens are remembered."""
 
-    def __init__(self, settings: Settings, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, settings: Settings, clock: Callable[[], float], find: Callable[[str], Key] | None = None
+    ) -> None:
         self._settings, self._clock = settings, clock
         self._audience = comma_list(settings.audience) or [settings.issuer]
-        self._keys = {key.kid: key for key in map(secret_key, comma_list(settings.secret_key))}
+        secret = {key.kid: key for key in map(secret_key, comma_list(settings.secret_key))}
+        public = {key.kid: key for key in map(signing_key, comma_list(settings.signing_key_file))}
+        self._signers = {ACCESS: [*public.values(), *secret.values()][:1], REFRESH: [*secret.values()][:1]}
+        self._find = {ACCESS: find or (public or secret).__getitem__, REFRESH: secret.__getitem__}
+        self.jwks = {"keys": [key.jwk for key in public.values()]}
         self._remembered = lru_cache(maxsize=10_000)(self._verify)  # 50 µs each; a refusal is not remembered
 
-    def pair(self, user: str, sid: str, gen: int, expires_at: int) -> dict[str, Any]:
-        """The answer of RFC 6749 §5.1 with a new access token and the refresh token of this generation."""
-        now = int(self._clock())
+    def pair(self, user: str, sid: str, session: Mapping[str, Any], time: float) -> dict[str, Any]:
+        """The answer of RFC 6749 §5.1: a new access token, and the refresh token of the session's generation."""
+        now, expires_at = int(time), session["expires_at"]
         exp = min(now + self._settings.access_ttl, expires_at)
         common = {"iss": self._settings.issuer, "sub": user, "sid": sid}
         access = {**common, "aud": self._audience, "exp": exp, "iat": now, "jti": secrets.token_urlsafe(12)}
-        refresh = {**common, "gen": gen, "exp": expires_at}
+        refresh = {**common, "gen": session["gen"], "exp": expires_at}
         return {
             "access_token": self._sign(ACCESS, access), "token_type": "Bearer", "expires_in": exp - now,
             "refresh_token": self._sign(REFRESH, refresh),
         }  # fmt: skip
 
     def _sign(self, typ: str, claims: dict[str, Any]) -> str:
-        key = next(iter(self._keys.values()))
+        (key,) = self._signers[typ]
         return _JWT.encode(claims, key.signing, key.algorithm, {"typ": typ, "kid": key.kid})
 
     def verify(self, typ: str, token: str, expired: bool = False) -> Claims:
@@ -677,8 +763,9 @@ class Tokens:
             # Whatever else stands in a header (crit, jwk, jku, x5u) is a wish about how to verify.
             if header.keys() != {"alg", "typ", "kid"} or header["typ"] != typ or "=" in token:
                 raise InvalidToken("The token is of another kind than the one that belongs here")
-            key = self._keys[header["kid"]]
-            claims = _JWT.decode(token, key.signing, [key.algorithm], _UNCHECKED)
+            key = self._find[typ](header["kid"])
+            claims = _JWT.decode(token, key.verifying, [key.algorithm], _UNCHECKED)
+            json.dumps(claims, ensure_ascii=False).encode()  # half of a surrogate pair is no name that a store can keep
         except (jwt.PyJWTError, ValueError, TypeError, LookupError, RecursionError):
             raise InvalidToken("The token is malformed or was not signed here") from None
         if any(type(claims.get(name)) is not kind or not claims[name] for name, kind in _CLAIMS[typ].items()):
@@ -711,11 +798,12 @@ def open_session(data: Data, now: float, ttl: int) -> tuple[str, dict[str, Any]]
 
 def renew_session(data: Data, sid: str, gen: int, now: float, grace: int) -> dict[str, Any] | None:
     """The session, one generation on; or None, and no session any more."""
-    if (session := data["sessions"].get(sid)) is None:
+    session = data["sessions"].get(sid)
+    if session is None or session["expires_at"] <= now:
         return None
     if gen == session["gen"]:
         data["sessions"][sid] = session = {**session, "gen": gen + 1, "rotated_at": now}
-    elif gen != session["gen"] - 1 or now - session["rotated_at"] > grace:
+    elif gen != session["gen"] - 1 or abs(now - session["rotated_at"]) >= grace:
         del data["sessions"][sid]
         return None
     return dict(session)  # within the grace, two tabs or a lost answer get the same successor
@@ -751,15 +839,20 @@ class Passwords:
         Raises 429 before any hashing after 10 wrong ones in a row for a name from an address, or 100 for any names.
         """
         limits = {(client := _network(address), name[:65]): 10, (client, ""): 100}
-        with self._turn():  # and only then look, so that whoever waited beside a wrong guess is held to it
-            wait = max(self._wrong.get(key, (0, 0.0))[1] for key in limits) - self._clock()
-            if wait > 0:
-                raise http.TooManyRequests("Too many wrong passwords", retry_after=math.ceil(wait))
+        self._refuse_guesses(limits, name, address)
+        with self._turn():
+            self._refuse_guesses(limits, name, address)  # who waited beside a wrong guess is held to it
             if check_password_hash(hash or _NO_HASH, unicodedata.normalize("NFC", password)) and hash:
                 self._wrong.pop((client, name[:65]), None)  # one's own login is no licence to guess other names
                 return True
             self._count(limits)
             return False
+
+    def _refuse_guesses(self, keys: Iterable[tuple[str, str]], name: str, address: str) -> None:
+        wait = max(self._wrong.get(key, (0, 0.0))[1] for key in keys) - self._clock()
+        if wait > 0:
+            log_event("throttled", name, address)
+            raise http.TooManyRequests("Too many wrong passwords", retry_after=math.ceil(wait))
 
     def _count(self, limits: dict[tuple[str, str], int]) -> None:
         """From the limit on, a wrong password doubles the wait, 1 s to 15 min; 15 quiet minutes are forgiven."""
@@ -777,14 +870,16 @@ _NO_HASH = "scrypt:32768:8:1$none$" + "0" * 128  # of no password, as slow to ch
 def _network(address: str) -> str:
     """What one client owns: an IPv4 address, or the /64 around an IPv6 address."""
     with suppress(ValueError):
-        if ":" in address:
-            return str(ipaddress.ip_network((address, 64), strict=False))
+        ip = ipaddress.IPv6Address(address)
+        return str(ip.ipv4_mapped or ipaddress.ip_network((ip, 64), strict=False))
     return address
 
 
 # ---- HTTP edge ------------------------------------------------------------------------------------------------------
 # What stands between the wire and the views: a request that reads its body once and bounded, knows its bearer and
 # opens that user's data; JSON out; and the preconditions of RFC 9110 §13.
+
+FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 
 class Service(NamedTuple):
     """What one app is made of; views find it at request.service."""
@@ -817,22 +912,20 @@ class Request(werkzeug.Request):
             raise http.BadRequest("The body could not be read to its end") from error
         if len(body) > limit:
             raise http.RequestEntityTooLarge(f"A body may have {limit} bytes")
+        if len(body) < (self.content_length or 0):
+            raise http.BadRequest("The body ends before its Content-Length")
         return BytesIO(body)
 
     def parse(self, parser: RequestParser, public: bool = False) -> Namespace:
         """What the parser finds, for a bearer unless public; 415 for a body that is neither JSON nor a form."""
-        forms = ("application/x-www-form-urlencoded", "multipart/form-data")
-        if (public or self.user) and not self.is_json and self.mimetype not in forms and self.get_data():
-            raise http.UnsupportedMediaType(f"Send application/json or {forms[0]}")
+        if (public or self.user) and not self.is_json and self.mimetype not in FORMS and self.get_data():
+            raise http.UnsupportedMediaType(f"Send application/json or {FORMS[0]}")
         return parser.parse_args(self)
 
     @cached_property
     def claims(self) -> Claims:
         """The claims of the bearer's access token (RFC 6750 §2.1); 401 without a good one."""
-        scheme, _, token = self.environ.get("HTTP_AUTHORIZATION", "").partition(" ")
-        if scheme.lower() != "bearer":
-            raise http.Unauthorized("Log in with POST /token, then send Authorization: Bearer <access_token>")
-        return self.service.tokens.verify(ACCESS, token.strip())
+        return self.service.tokens.verify(ACCESS, bearer_token(self.environ))
 
     @property
     def user(self) -> str:
@@ -857,7 +950,13 @@ class Request(werkzeug.Request):
         return mount and "/" + mount
 
     def log(self, event: str, user: str) -> None:
-        log.info("%s: user %r, address %r", event, user, self.remote_addr)  # %r: a wrong name may be any text
+        log_event(event, user, self.remote_addr)
+
+def bearer_token(environ: WSGIEnvironment) -> str:
+    scheme, _, token = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
+    if scheme.lower() != "bearer":
+        raise http.Unauthorized("Log in with POST /token, then send Authorization: Bearer <access_token>")
+    return str(token.strip(" "))
 
 Reply = tuple[Any, int, dict[str, str]]  # body (JSON, or the bytes of it), status, headers
 View = Callable[..., Any]
@@ -900,8 +999,23 @@ _ETAG = re.compile(r'(W/)?("[\x21\x23-\x7e\x80-\xff]*")')
 def allow(methods: Iterable[str]) -> dict[str, str]:
     return {"Allow": ", ".join(sorted({*methods, "OPTIONS"}))}
 
-def error_reply(error: http.HTTPException, oauth: bool) -> Reply:
+def cors_headers(environ: WSGIEnvironment, origins: list[str]) -> list[tuple[str, str]]:
+    """What lets the pages of other origins use the service (Fetch standard §3.3); never with credentials."""
+    if "*" in origins:
+        allowed = [("Access-Control-Allow-Origin", "*")]
+    elif environ.get("HTTP_ORIGIN") in origins:
+        allowed = [("Vary", "Origin"), ("Access-Control-Allow-Origin", environ["HTTP_ORIGIN"])]
+    else:
+        return [("Vary", "Origin")] if origins else []
+    if environ["REQUEST_METHOD"] == "OPTIONS" and "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in environ:
+        return [*allowed, ("Access-Control-Allow-Methods", "GET, HEAD, POST, PUT, PATCH, DELETE"),
+                ("Access-Control-Allow-Headers", "Authorization, Content-Type, If-Match, If-None-Match")]  # fmt: skip
+    return [*allowed, ("Access-Control-Expose-Headers", "ETag, Link, Location")]
+
+def error_reply(error: http.HTTPException, oauth: bool) -> Any:
     """What an error is answered with; oauth: in the form of RFC 6749 §5.2, whose texts are plain ASCII."""
+    if error.response is not None:
+        return error.response
     status, body = error.code or 500, getattr(error, "data", {"message": error.description})
     headers = {name: value for name, value in error.get_headers() if not name.startswith("Content-")}
     text = re.sub(r"[^ !#-\[\]-~]", "?", error.description or "")
@@ -916,17 +1030,20 @@ def error_reply(error: http.HTTPException, oauth: bool) -> Reply:
         headers["WWW-Authenticate"] = f'Bearer realm="service"{why}'
     return body, status, headers | (NO_STORE if oauth else {})
 
-def send(request: Request, start_response: StartResponse, reply: Any) -> Iterable[bytes]:
+def send(
+    environ: WSGIEnvironment, start_response: StartResponse, reply: Any, more_headers: Iterable[tuple[str, str]] = ()
+) -> Iterable[bytes]:
     """Answer with what a view returned: a Response, or JSON, or (JSON, status), or (JSON, status, headers)."""
     if isinstance(reply, werkzeug.Response):
-        return reply(request.environ, start_response)
+        reply.headers.extend(more_headers)
+        return reply(environ, start_response)
     body, status, headers = (*reply, {})[:3] if isinstance(reply, tuple) else (reply, 200, {})
     payload = b"" if body is None else to_json(body)
-    lines = list(headers.items())
+    lines = [*headers.items(), *more_headers]
     if status not in (204, 304):
         lines += [("Content-Type", "application/json"), ("Content-Length", str(len(payload)))]
-    start_response(f"{status} {HTTP_STATUS_CODES[status]}", lines)
-    return [payload] if payload and request.method != "HEAD" else []
+    start_response(f"{status} {HTTP_STATUS_CODES.get(status, '')}", lines)
+    return [payload] if payload and environ["REQUEST_METHOD"] != "HEAD" else []
 
 NO_STORE = {"Cache-Control": "no-store"}
 
@@ -936,19 +1053,21 @@ NO_STORE = {"Cache-Control": "no-store"}
 # nothing. It may be run again from its start, so what it does outside of the store must bear that.
 
 NAME = Text(1, 64, "[a-z0-9][a-z0-9._@-]*", "made of a-z, 0-9 and . _ @ -, a letter or digit first")
-PASSWORD = Text(15, 1024, "(?s).*")
+PASSWORD, ANY = Text(15, 1024, r"[\s\S]*"), Text(1, 10**6, r"[\s\S]*")
 ID = re.compile("[^/\x00-\x1f\x7f-\x9f\ufffd]{1,64}")  # U+FFFD is what a URL becomes that is not UTF-8
 
 SIGN_UP = parser_of(Argument("username", NAME, required=True), Argument("password", PASSWORD, required=True))
-NEW_PASSWORD = parser_of(Argument("password", required=True), Argument("new_password", PASSWORD, required=True))
-OLD_PASSWORD = parser_of(Argument("password", required=True))
+NEW_PASSWORD = parser_of(Argument("password", ANY, required=True), Argument("new_password", PASSWORD, required=True))
+OLD_PASSWORD = parser_of(Argument("password", ANY, required=True))
 PAGE = parser_of(
     Argument("limit", int, choices=range(1, 1001), location="args", help="Must be a whole number from 1 to 1,000"),
-    Argument("after", partial(int, base=16), default=0, location="args", help="Must come from a Link header"),
+    Argument("after", Text(1, 15, "[0-9a-f]+"), default="0", location="args", help="Must come from a Link header"),
 )
 
-def read_index(request: Request) -> Reply:
-    """What there is"""
+def read_index(request: Request) -> Any:
+    """What there is; a browser is sent to the page"""
+    if request.accept_mimetypes.best_match(["application/json", "text/html"]) == "text/html":
+        return None, 303, {"Location": f"{request.prefix}/docs", "Vary": "Accept"}
     index = {
         f"{method} {request.prefix}{rule.rule}": rule.endpoint.__doc__
         for rule in request.service.routes.iter_rules() for method in sorted(rule.methods or ()) if method != "HEAD"
@@ -1022,11 +1141,11 @@ def confirmed_account(request: Request, password: str) -> Any:
     return account
 
 def is_password(request: Request, account: Any, name: str, password: str) -> bool:
-    known = account and account["hash"]
-    if good := request.service.passwords.match(known, password, name, request.remote_addr or ""):
-        return good
-    request.log("failed login", name)
-    return False
+    known, address = account and account["hash"], request.remote_addr or ""
+    good = request.service.passwords.match(known, password, name, address)
+    if not good:
+        request.log("failed login", name)
+    return good
 
 def refuse_unless(data: Data, account: Any) -> None:
     """Passwords are checked outside of the transaction, so inside of it the account must still be the same."""
@@ -1035,54 +1154,53 @@ def refuse_unless(data: Data, account: Any) -> None:
 
 def issue_token(request: Request) -> Reply:
     """Log in, or refresh a session"""
-    (grant,) = grant_arguments(request, "grant_type")
-    if grant == "password":
-        return log_in(request, *grant_arguments(request, "username", "password")), 200, NO_STORE
-    if grant == "refresh_token":
-        return refresh(request, *grant_arguments(request, "refresh_token")), 200, NO_STORE
-    raise Refusal(error="unsupported_grant_type", error_description="The grants are password and refresh_token")
+    grant_type = token_request(request, GRANT).grant_type
+    if grant_type not in GRANTS:
+        raise Refusal(error="unsupported_grant_type", error_description=f"The grants are {' and '.join(GRANTS)}")
+    parser, grant = GRANTS[grant_type]
+    return grant(request, **token_request(request, parser)), 200, NO_STORE
 
-def grant_arguments(request: Request, *names: str) -> list[str]:
-    """Each parameter once, not empty, and in the body, since URLs are logged (RFC 6749 §3.2, §2.3.1)."""
-    for name in ("username", "password", "refresh_token", "token", "access_token"):
-        if name in request.args:
-            raise Refusal(error="invalid_request", error_description=f"{name} belongs in the body, not in the URL")
-    given = request.parse(parser_of(*(Argument(name, action="append", required=True) for name in names)), public=True)
-    for name in names:
-        if len(given[name]) != 1 or not given[name][0]:
-            raise Refusal(error="invalid_request", error_description=f"{name} must be there once and not be empty")
-    return [given[name][0] for name in names]
+def token_request(request: Request, parser: RequestParser) -> Namespace:
+    """Arguments that stand once each, and in the body, since URLs are logged (RFC 6749 §3.2, §2.3.1)."""
+    repeated = [each.name for each in parser.args if len(request.form.getlist(each.name)) > 1]
+    in_url = request.args.keys() & {"username", "password", "refresh_token", "token", "access_token"}
+    if repeated or in_url:
+        right = "be sent once" if repeated else "be in the body, not in the URL"
+        raise Refusal(error="invalid_request", error_description=f"{min(repeated or in_url)} must {right}")
+    return request.parse(parser, public=True)
 
-def log_in(request: Request, name: str, password: str) -> dict[str, Any]:
+def log_in(request: Request, username: str, password: str) -> dict[str, Any]:
     """A new session's tokens. First-party login: RFC 9700 §2.4 retires this grant for third parties."""
     service, account = request.service, None
-    if re.fullmatch(NAME.pattern, name):
-        with service.store.read(name) as data:
+    if re.fullmatch(NAME.pattern, username):
+        with service.store.read(username) as data:
             account = data["account"].get("password")
-    if not is_password(request, account, name, password):
+    if not is_password(request, account, username, password):
         raise InvalidToken("The user name or the password is wrong")
-    with service.store.write(name) as data:
+    with service.store.write(username) as data:
         if data["account"].get("password") != account:
             raise InvalidToken("The user name or the password was changed at this moment")
-        sid, session = open_session(data, service.clock(), service.settings.refresh_ttl)
-    return service.tokens.pair(name, sid, session["gen"], session["expires_at"])
+        now = service.clock()
+        sid, session = open_session(data, now, service.settings.refresh_ttl)
+    return service.tokens.pair(username, sid, session, now)
 
-def refresh(request: Request, token: str) -> dict[str, Any]:
+def refresh(request: Request, refresh_token: str) -> dict[str, Any]:
     """The next generation's tokens; a replayed token ends its session."""
-    service, claims = request.service, request.service.tokens.verify(REFRESH, token)
+    service, claims = request.service, request.service.tokens.verify(REFRESH, refresh_token)
     user, sid = claims["sub"], claims["sid"]
     with service.store.write(user) as data:
-        known = sid in data["sessions"]
-        session = renew_session(data, sid, claims["gen"], service.clock(), service.settings.refresh_grace)
+        now, known = service.clock(), sid in data["sessions"]
+        session = renew_session(data, sid, claims["gen"], now, service.settings.refresh_grace)
+        ended = known and sid not in data["sessions"]
     if session:
-        return service.tokens.pair(user, sid, session["gen"], session["expires_at"])
-    if known:
+        return service.tokens.pair(user, sid, session, now)
+    if ended:
         request.log("reuse detected", user)
     raise InvalidToken("The session has ended: log in again")
 
 def revoke_token(request: Request) -> Reply:
     """Log out: end the session of an access or a refresh token (RFC 7009)"""
-    (token,) = grant_arguments(request, "token")
+    token = token_request(request, REVOKE).token
     for typ in (ACCESS, REFRESH):
         with suppress(InvalidToken):  # junk is no error here (§2.2), and a late logout still is a logout
             claims = request.service.tokens.verify(typ, token, expired=True)
@@ -1090,11 +1208,32 @@ def revoke_token(request: Request) -> Reply:
                 data["sessions"].pop(claims["sid"], None)
     return None, 200, {}
 
+GRANT = parser_of(Argument("grant_type", ANY, required=True))
+GRANTS: dict[str, tuple[RequestParser, View]] = {
+    "password": (parser_of(*(Argument(name, ANY, required=True) for name in ("username", "password"))), log_in),
+    "refresh_token": (parser_of(Argument("refresh_token", ANY, required=True)), refresh),
+}
+REVOKE = parser_of(Argument("token", ANY, required=True))
+
+def read_jwks(request: Request) -> Reply:
+    """The public keys that verify access tokens (RFC 7517)"""
+    return request.service.tokens.jwks, 200, {"Cache-Control": "max-age=300"}
+
+def read_metadata(request: Request) -> Any:
+    """Where a client finds what, and how (RFC 8414)"""
+    issuer = request.service.settings.issuer
+    base = issuer.rstrip("/") + ("" if issuer.rstrip("/").endswith(request.prefix) else request.prefix)
+    return {
+        "issuer": issuer, "token_endpoint": f"{base}/token", "revocation_endpoint": f"{base}/revoke",
+        "jwks_uri": f"{base}/.well-known/jwks.json", "grant_types_supported": [*GRANTS], "response_types_supported": [],
+        "token_endpoint_auth_methods_supported": ["none"], "revocation_endpoint_auth_methods_supported": ["none"],
+    }  # fmt: skip
+
 def list_items(request: Request, resource: Resource) -> Reply:
     """List the items in the order of their creation"""
     given = request.parse(PAGE)
     with request.read() as data:
-        rows = data[resource.name].page(given.after, given.limit and given.limit + 1)
+        rows = data[resource.name].page(int(given.after, 16), given.limit and given.limit + 1)
     link = {}
     if given.limit and len(rows) > given.limit:
         url = f"{request.prefix}/{resource.name}?limit={given.limit}&after={rows[-2][0]:x}"
@@ -1108,7 +1247,7 @@ def create_item(request: Request, resource: Resource) -> Reply:
         number = counter(data, resource)["last"] + 1
         while (id := f"{resource.item}{number}") in data[resource.name]:
             number += 1
-        add_item(data, resource, id, item, request.service.settings.max_items)
+        add_item(data, resource, id, item, request.service.settings.max_items, number)
     return item, 201, {"Location": f"{request.prefix}/{resource.name}/{id}", "ETag": etag(item)}
 
 def read_item(request: Request, resource: Resource, id: str) -> Reply:
@@ -1156,15 +1295,16 @@ def existing_item(data: Data, resource: Resource, id: str) -> dict[str, Any]:
         raise http.NotFound(f"{resource.item.capitalize()} {id} doesn't exist")
     return item
 
-def add_item(data: Data, resource: Resource, id: str, item: dict[str, Any], limit: float = math.inf) -> None:
-    """Put an item where none is; 403 if the user has as many as the limit allows."""
+def add_item(
+    data: Data, resource: Resource, id: str, item: dict[str, Any], limit: float = math.inf, number: int = 0
+) -> None:
+    """Put an item where none is; 403 if the user has as many as the limit allows. The number of its id is used up."""
     counts = counter(data, resource)
     if counts["count"] >= limit:
         raise http.Forbidden(f"There is room for {limit} items: delete one first")
-    # todo007 is not todo7; and no count that begins below 10**40 ever comes to the end of 64 characters
-    match = re.fullmatch(f"{resource.item}([1-9][0-9]{{0,39}})", id)
-    last = max(counts["last"], int(match[1]) if match else 0)
-    data["counters"][resource.name] = {"last": last, "count": counts["count"] + 1}
+    if match := re.fullmatch(f"{resource.item}([1-9][0-9]{{0,39}})", id):  # todo007 is not todo7
+        number = max(number, int(match[1]))  # counting on from 40 digits never comes to the end of 64 characters
+    data["counters"][resource.name] = {"last": max(counts["last"], number), "count": counts["count"] + 1}
     data[resource.name][id] = item
 
 def counter(data: Data, resource: Resource) -> dict[str, int]:
@@ -1172,15 +1312,170 @@ def counter(data: Data, resource: Resource) -> dict[str, int]:
     return data["counters"].get(resource.name) or {"last": 0, "count": 0}
 
 
+# ---- OpenAPI --------------------------------------------------------------------------------------------------------
+# The service as programs read it (OpenAPI 3.1), made from the routes, the resources and their parsers, so that it cannot
+# drift from them, and the page that shows it to people. Only what views answer stands in a table.
+
+_ANSWERS: dict[View, tuple[Any, str, str]] = {  # view: (parser, success, errors); 401 means that it asks for a bearer
+    create_user: (SIGN_UP, "201 User", "400 403 409 413 415 503"), read_user: (None, "200 User", "400 401 503"),
+    change_password: (NEW_PASSWORD, "204", "400 401 413 415 429 503"),
+    delete_user: (OLD_PASSWORD, "204", "400 401 413 415 429 503"),
+    issue_token: (GRANT, "200 TokenPair", "400 413 415 429 503"), revoke_token: (REVOKE, "200", "400 413 415 503"),
+    read_jwks: (None, "200 KeySet", "400"), read_metadata: (None, "200 Metadata", "400"),
+    read_index: (None, "200 Index", "303 400"), read_health: (None, "200 Health", "400 503"),
+    list_items: (PAGE, "200 {}List", "304 400 401 412 503"),
+    create_item: ("parser", "201 {}", "400 401 403 413 415 503"),
+    read_item: (None, "200 {}", "304 400 401 404 412 503"),
+    put_item: ("parser", "201 {}", "400 401 403 404 412 413 415 503"),
+    update_item: ("changes", "200 {}", "400 401 404 412 413 415 503"),
+    delete_item: (None, "204", "400 401 404 412 503"),
+}  # fmt: skip
+_EXAMPLES: dict[str, Any] = {  # of what is sent, and of what is answered; the shape of an answer is that of its example
+    "username": "alice", "password": "correct horse battery", "new_password": "battery horse correct",
+    "refresh_token": "eyJhbGci.eyJpc3Mi.kgl4", "token": "eyJhbGci.eyJpc3Mi.kgl4", "grant_type": "refresh_token",
+    "User": {"username": "alice"}, "Index": {}, "Health": {"status": "ok"}, "KeySet": {"keys": []},
+    "TokenPair": {"access_token": "eyJhbGci.eyJpc3Mi.kgl4", "token_type": "Bearer", "expires_in": 900,
+                  "refresh_token": "eyJhbGci.eyJpc3Mi.kgl4"},
+    "Metadata": {"issuer": "https://todo.example", "token_endpoint": "https://todo.example/token"},
+    "OAuthError": {"error": "invalid_grant", "error_description": "The session has ended: log in again"},
+    "Error": {"message": "Todo todo9 doesn't exist"},
+}  # fmt: skip
+_HEADERS = {"401": "WWW-Authenticate", "429": "Retry-After", "503": "Retry-After"}
+_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"}
+
+def read_openapi(request: Request) -> Any:
+    """This description"""
+    schemas = {name: _shape(example) for name, example in _EXAMPLES.items() if name[0].isupper()}
+    schemas["Error"]["properties"]["message"] = {"type": ["string", "object"]}
+    paths: dict[str, Any] = defaultdict(dict)
+    for rule in request.service.routes.iter_rules():
+        resource, path = (rule.defaults or {}).get("resource"), re.sub("<(?:[^<>:]+:)?([^<>]+)>", r"{\1}", rule.rule)
+        if resource:
+            item = _body(resource.parser, {**_EXAMPLES, **next(iter(resource.starter.values()), {})})
+            schemas[resource.item.title()] = item
+            schemas[f"{resource.item.title()}List"] = {"type": "object", "additionalProperties": item}
+        for method in {*(rule.methods or ())} - {"HEAD", "OPTIONS"}:
+            if rule.endpoint not in (read_openapi, read_docs, read_docs_file):
+                paths[path][method.lower()] = _operation(rule, resource)
+    token_url = f"{request.prefix}/token"
+    schemes = {"login": {"type": "oauth2", "flows": {"password": {"tokenUrl": token_url, "scopes": {}}}},
+               "bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}}  # fmt: skip
+    return {
+        "openapi": "3.1.0", "info": {"title": "To-do service", "version": "1.0.0", "summary": "To-do lists with tokens"},
+        "servers": [{"url": request.prefix or "/"}], "paths": paths,
+        "components": {"schemas": schemas, "securitySchemes": schemes},
+    }  # fmt: skip
+
+def _operation(rule: Rule, resource: Resource | None) -> dict[str, Any]:
+    view, item = rule.endpoint, resource.item if resource else "item"
+    parser, success, errors = _ANSWERS.get(view, (None, "200", "default"))
+    parser = getattr(resource, parser) if isinstance(parser, str) else parser
+    status, _, name = success.format(item.title()).partition(" ")
+    error = "OAuthError" if view in (issue_token, revoke_token) else "Error"
+    names = {status: name, **{code: "" if code in ("303", "304") else error for code in errors.split()}}
+    parameters = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1, "maxLength": 64}}
+        for name in rule.arguments - {"resource"}
+    ]
+    operation: dict[str, Any] = {
+        "operationId": view.__name__.replace("item", item), "summary": (view.__doc__ or "").split("\n")[0],
+        "tags": [resource.name if resource else "service"], "parameters": parameters,
+        "security": [{"login": []}, {"bearer": []}] if "401" in errors else [],
+        "responses": {code: _answer(code, schema, view) for code, schema in names.items()},
+    }  # fmt: skip
+    for argument in parser.args if parser else ():
+        if "args" in argument.places:
+            parameters.append({"name": argument.name, "in": "query", "schema": _schema(argument)})
+    if "412" in errors:
+        tags = {"type": "string", "pattern": r'^(\*|(W/)?"[!#-~]*"(, ?(W/)?"[!#-~]*")*)$'}
+        parameters += [{"name": name, "in": "header", "schema": tags} for name in ("If-Match", "If-None-Match")]
+    if parser and parser is not PAGE:
+        body = _body(parser, {**_EXAMPLES, **(next(iter(resource.starter.values()), {}) if resource else {})})
+        if parser is GRANT:
+            grants = [{"properties": {"grant_type": {"const": name}, **_body(grant, _EXAMPLES)["properties"]},
+                       "required": [each.name for each in grant.args]} for name, (grant, _) in GRANTS.items()]  # fmt: skip
+            body = {**body, "oneOf": grants, "example": {name: _EXAMPLES[name] for name in ("grant_type", "refresh_token")}}
+        kinds = ["application/json", FORMS[0], *(["application/merge-patch+json"] if view is update_item else [])]
+        content = {kind: {"schema": body} for kind in kinds}
+        operation["requestBody"] = {"required": bool(body["required"]), "content": content}
+    return operation
+
+def _answer(status: str, schema: str, view: View) -> dict[str, Any]:
+    headers = [_HEADERS[status]] if status in _HEADERS else []
+    headers += ["ETag"] if "{}" in _ANSWERS.get(view, ("", "", ""))[1] and status in ("200", "201", "304") else []
+    headers += [name for name, only in (("Location", create_item), ("Link", list_items)) if view is only and status < "3"]
+    answer: dict[str, Any] = {"description": HTTP_STATUS_CODES.get(int(status), "") if status.isdigit() else "Any"}
+    if schema:
+        answer["content"] = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
+    return {**answer, "headers": {name: {"schema": {"type": "string"}} for name in headers}}
+
+def _body(parser: RequestParser, examples: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON schema of the object that a parser takes."""
+    body = [argument for argument in parser.args if {"json", "form"} & {*argument.places}]
+    return {
+        "type": "object", "properties": {argument.name: _schema(argument) for argument in body},
+        "required": [argument.name for argument in body if argument.required],
+        "example": {argument.name: examples[argument.name] for argument in body if argument.name in examples},
+    }  # fmt: skip
+
+def _schema(argument: Argument) -> dict[str, Any]:
+    kind, choices = argument.type, argument.choices
+    schema: dict[str, Any] = {"type": _TYPES.get(kind, "string")}
+    if isinstance(kind, Text):
+        schema |= {"minLength": kind.shortest, "maxLength": kind.longest, "pattern": f"^{kind.pattern}$"}
+    if isinstance(choices, range):
+        schema |= {"minimum": choices[0], "maximum": choices[-1]}
+    elif choices:
+        schema["enum"] = [*choices]
+    if argument.nullable:
+        schema["type"] = [schema["type"], "null"]
+    return {"type": "array", "items": schema} if argument.action == "append" else schema
+
+def _shape(example: Any) -> dict[str, Any]:
+    """The JSON schema of what looks like an example."""
+    if not isinstance(example, dict):
+        return {"type": _TYPES[type(example)]}
+    properties = {name: _shape(value) for name, value in example.items()}
+    return {"type": "object", "properties": properties, "required": [*example], "example": example}
+
+_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>To-do service</title>
+<link rel="stylesheet" href="docs/swagger-ui.css"><div id="swagger-ui"></div>
+<script src="docs/swagger-ui-bundle.js"></script><script src="docs/start.js"></script></html>
+"""
+_START = """const url = new URL("openapi.json", document.baseURI).href
+SwaggerUIBundle({url, dom_id: "#swagger-ui", presets: [SwaggerUIBundle.presets.apis], layout: "BaseLayout"})
+"""
+_POLICY = (  # nothing inline, nothing from elsewhere
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self';"
+    " frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+)
+
+def read_docs(request: Request) -> werkzeug.Response:
+    """The page on which people read the description and try the service"""
+    read_docs_file(request, "swagger-ui.css")  # 404 without the assets
+    return werkzeug.Response(_PAGE, mimetype="text/html", headers={"Content-Security-Policy": _POLICY})
+
+def read_docs_file(request: Request, file: str) -> werkzeug.Response:
+    """A part of that page: Swagger UI's files, as the docs extra brings them"""
+    if file == "start.js":
+        return werkzeug.Response(_START, mimetype="text/javascript")
+    if (package := find_spec("flask_swagger_ui")) is None:
+        raise http.NotFound("The page needs the docs extra: pip install 'todo-service[docs]'")
+    folder = Path((package.submodule_search_locations or [""])[0]) / "dist"
+    return send_from_directory(folder, file, request.environ)
+
+
 # ---- Routes ---------------------------------------------------------------------------------------------------------
 # One Map whose endpoints are the views themselves. Every resource gets the same six rules; an embedder's own rules
 # come last and are served just the same.
 
 ROUTES: dict[str, View] = {
-    "GET /": read_index, "GET /health": read_health,
+    "GET /": read_index, "GET /health": read_health, "GET /openapi.json": read_openapi,
+    "GET /docs": read_docs, "GET /docs/<file>": read_docs_file,
     "POST /users": create_user, "GET /users/me": read_user,
     "PATCH /users/me": change_password, "DELETE /users/me": delete_user,
     "POST /token": issue_token, "POST /revoke": revoke_token,
+    "GET /.well-known/jwks.json": read_jwks, "GET /.well-known/oauth-authorization-server": read_metadata,
 }  # fmt: skip
 ITEM_ROUTES: dict[str, View] = {
     "GET /{}": list_items, "POST /{}": create_item, "GET /{}/<id>": read_item, "PUT /{}/<id>": put_item,
@@ -1205,6 +1500,21 @@ def make_routes(resources: Iterable[Resource], routes: Iterable[Rule]) -> Map:
 # create_app puts the rooms together. Here, and only here, errors become responses. start_response is called directly,
 # since a Response object costs as much as all the rest of an authenticated GET.
 
+def make_service(
+    settings: Settings, store: Any = None, resources: Iterable[Resource] | None = None, routes: Iterable[Rule] = (),
+    clock: Callable[[], float] = time.time,
+) -> Service:  # fmt: skip
+    """The parts of an app."""
+    if not settings.secret_key:  # then the store is in memory, and forgets as much at exit
+        settings = replace(settings, secret_key=secrets.token_hex(32))
+    models = [TODO_RESOURCE] if resources is None else list(resources)
+    names = [model.name for model in models]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"two resources are named {twice[0]!r}")
+    store = open_store(settings.store_url) if store is None else store
+    urls = make_routes(models, routes)
+    return Service(settings, store, Tokens(settings, clock), Passwords(clock), models, urls, clock)
+
 def create_app(
     settings: Settings | None = None,
     *,
@@ -1219,24 +1529,22 @@ def create_app(
     routes are Werkzeug Rules whose endpoints are views of your own, view(request, **url_arguments) returning JSON,
     (JSON, status), (JSON, status, headers) or a Werkzeug Response; clock gives the time in seconds.
     """
-    settings = settings or Settings.from_environ()
-    if not settings.secret_key:  # as short-lived as the memory store
-        settings = replace(settings, secret_key=secrets.token_hex(32))
-    models = [TODO_RESOURCE] if resources is None else list(resources)
-    store = open_store(settings.store_url) if store is None else store
-    urls = make_routes(models, routes)
-    service = Service(settings, store, Tokens(settings, clock), Passwords(clock), models, urls, clock)
-    adapter = urls.bind("")
+    service = make_service(settings or Settings.from_environ(), store, resources, routes, clock)
+    adapter, hops = service.routes.bind(""), service.settings.proxies
+    origins = comma_list(service.settings.cors_origins)
 
     def answer(request: Request) -> Any:
         if request.environ.get("SERVER_PROTOCOL") == "HTTP/1.1" and "HTTP_HOST" not in request.environ:
             raise http.BadRequest("HTTP/1.1 asks for a Host header (RFC 9112 §3.2)")
-        if request.environ["PATH_INFO"].startswith("//"):  # Werkzeug would take it for one slash
+        if not request.query_string.isascii():
+            raise http.BadRequest("A query string is percent-encoded (RFC 3986 §2.1)")
+        if request.environ.get("PATH_INFO", "").startswith("//"):  # Werkzeug would take it for one slash
             raise http.NotFound()
         if request.method == "OPTIONS" and (methods := adapter.allowed_methods(request.path)):
             return None, 204, allow(methods)
         view, arguments = adapter.match(request.path, request.method)
-        return view(request, **arguments)
+        with request:  # which closes the files of an upload
+            return view(request, **arguments)
 
     def repeated(answer: View, request: Request) -> Any:
         """Run a view again after a conflict of its transaction, up to 8 times."""
@@ -1257,26 +1565,87 @@ def create_app(
             reply = error_reply(http.NotFound(), oauth=False)
         except http.HTTPException as error:
             reply = error_reply(error, oauth=request.path in ("/token", "/revoke"))
-        return send(request, start_response, reply)
+        return send(environ, start_response, reply, cors_headers(environ, origins))
 
-    hops = settings.proxies
     return ProxyFix(app, x_for=hops, x_proto=hops, x_host=hops, x_prefix=hops) if hops else app
 
 
+# ---- Guard ----------------------------------------------------------------------------------------------------------
+# What other services mount in front of themselves, so that one login opens them too. It knows keys, but no sessions:
+# a logout reaches them when the access token expires.
+
+def guard(
+    wsgi_app: WSGIApplication, *, issuer: str, audience: str, secret: str | None = None, jwks_url: str | None = None,
+    open_paths: Iterable[str] = (), clock: Callable[[], float] = time.time,
+) -> WSGIApplication:  # fmt: skip
+    """WSGI middleware that lets only valid access tokens through; the app finds REMOTE_USER and service.claims.
+
+    It verifies with the issuer's secret (which can forge tokens as well) or with the keys at its jwks_url. Without a
+    good token it answers 401 as RFC 6750 §3 says, without keys 503. CORS preflights and open_paths pass, as nobody.
+    """
+    if bool(secret) == bool(jwks_url):
+        raise ValueError("guard needs one of secret and jwks_url")
+    settings, paths = Settings(secret_key=secret or "", issuer=issuer, audience=audience), set(open_paths)
+    tokens = Tokens(settings, clock, remote_keys(jwks_url, clock) if jwks_url else None)
+
+    def guarded(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        for name in ("REMOTE_USER", "HTTP_REMOTE_USER", "AUTH_TYPE", "service.claims"):
+            environ.pop(name, None)
+        preflight = environ["REQUEST_METHOD"] == "OPTIONS" and "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in environ
+        if not preflight and environ.get("PATH_INFO") not in paths:
+            try:
+                claims = tokens.verify(ACCESS, bearer_token(environ))
+            except http.HTTPException as error:
+                return send(environ, start_response, error_reply(error, oauth=False))
+            environ |= {"REMOTE_USER": claims["sub"], "AUTH_TYPE": "Bearer", "service.claims": dict(claims)}
+        return wsgi_app(environ, start_response)
+
+    return guarded
+
+
 # ---- Main -----------------------------------------------------------------------------------------------------------
-# python service.py is the development server, which starts anew whenever a file changes.
+# python service.py is the development server, which starts anew whenever a file changes; and two commands.
+
+def add_user(name: str) -> None:
+    """Add an account, with a password from the prompt or from standard input."""
+    settings = Settings.from_environ()
+    if settings.store_url == "memory:":
+        raise ValueError("adduser needs a store that outlives it, for example SERVICE_STORE_URL=sqlite:///todos.db")
+    password = getpass() if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
+    for what, rule, text in (("name", NAME, name), ("password", PASSWORD, password)):
+        try:
+            rule(text)
+        except ValueError as error:
+            raise ValueError(f"The {what} cannot be: {error}") from None
+    add_account(make_service(settings), name, password)
+
+def generate_key(path: str) -> None:
+    """Write a new Ed25519 private key that only its owner can read."""
+    from cryptography.hazmat.primitives import serialization as pem
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    text = Ed25519PrivateKey.generate().private_bytes(pem.Encoding.PEM, pem.PrivateFormat.PKCS8, pem.NoEncryption())
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(text)
 
 def main() -> None:
-    """Run the development server."""
-    parser = argparse.ArgumentParser(description="A to-do service with tokens; this is its development server.")
+    """Run the development server or a command."""
+    parser = argparse.ArgumentParser(description="A to-do service with tokens: its development server")
     parser.add_argument("--port", type=int, default=5000)
+    commands = parser.add_subparsers(dest="command")
+    commands.add_parser("adduser", help="add an account where sign-up is closed").add_argument("name")
+    commands.add_parser("genkey", help="write a new signing key").add_argument("file", nargs="?", default="ed25519.pem")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     try:
-        app = create_app()
-    except ValueError as error:
+        if options.command == "adduser":
+            add_user(options.name)
+        elif options.command == "genkey":
+            generate_key(options.file)
+        else:
+            run_simple("127.0.0.1", options.port, create_app(), use_reloader=True, threaded=True)
+    except (ValueError, OSError, ImportError, http.HTTPException) as error:
         sys.exit(str(error))
-    run_simple("127.0.0.1", options.port, app, use_reloader=True, threaded=True)
 
 if __name__ == "__main__":
     main()
