@@ -38,11 +38,12 @@ from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
 import jwt
 import werkzeug
+from jwt.algorithms import has_crypto
 from jwt.utils import base64url_encode
 from werkzeug import exceptions as http
 from werkzeug.datastructures import FileStorage
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("service")
 
 def log_event(event: str, user: str, address: str | None) -> None:
-    log.info("%s: user %r, address %r", event, user, address)  # %r, since a wrong name may be any text
+    log.info("%s: user %r, address %r", event, user, address)  # %r: a name that does not exist may be any text
 
 # ---- Settings -------------------------------------------------------------------------------------------------------
 # One frozen value holds every setting. It is checked when it is made, so whoever holds one holds a good one.
@@ -79,6 +80,8 @@ _RULES = {  # setting: (pattern of its UTF-8 bytes, what that means, an example)
     "max_items": (r"[1-9][0-9]{0,6}", "items, 1 to 9999999", "10000"),
     "proxies": (r"[0-9]", "trusted hops, 0 to 9", "1"),
 }
+
+MISSING_SECRET = "SERVICE_SECRET_KEY is missing: a lasting store needs one, for example that of openssl rand -hex 32"
 
 @dataclass(frozen=True)
 class Settings:
@@ -108,8 +111,7 @@ class Settings:
             if isinstance(getattr(Settings, name), int):
                 object.__setattr__(self, name, int(text))
         if not self.secret_key and self.store_url != "memory:":
-            raise ValueError("SERVICE_SECRET_KEY is missing: a store that outlives the service needs a key that does, "
-                             f"for example {secrets.token_hex(32)}")  # fmt: skip
+            raise ValueError(MISSING_SECRET)
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] = os.environ) -> Settings:
@@ -241,9 +243,6 @@ class Argument:
 
     >>> Argument("done", type=bool).convert("False")
     False
-    >>> Argument("rank", type=int, choices=(1, 2)).convert("3")
-    Traceback (most recent call last):
-    ValueError: 3 is not a valid choice
 
     type is called once, with the value; ValueError, TypeError, ArithmeticError and failed look-ups become the
     argument's error. str, int, float, bool, list and dict are read strictly.
@@ -318,12 +317,6 @@ class Argument:
     def _folded(self, value: Any) -> Any:
         return value.lower() if isinstance(value, str) and not self.case_sensitive else value
 
-def _part(request: werkzeug.Request, place: str) -> Any:
-    try:
-        return read_json(request) if place == "json" else getattr(request, place)
-    except UnicodeDecodeError:
-        raise Refusal(message="The query string must be percent-encoded UTF-8") from None
-
 _FLOAT = re.compile(r"\s*[+-]?[0-9]*\.?[0-9]+([eE][+-]?[0-9]+)?\s*")
 _STRICT = {str: "text", int: "an integer", float: "a number", bool: "true or false", list: "a list", dict: "an object"}
 
@@ -342,26 +335,30 @@ def _strict(kind: Any, value: Any) -> Any:
         return value
     raise ValueError(f"Must be {_STRICT[kind]}")
 
-def read_json(request: werkzeug.Request) -> dict[str, Any]:
-    """The object in the body; {} without a body, or if its type is not JSON; BadRequest for what is not strict JSON.
+def _part(request: werkzeug.Request, place: str) -> Any:
+    """One part of the request: for json the object in the body, {} if there is no body or its type is not JSON.
 
-    That is RFC 8259 in UTF-8, without NaN, 1e999, a member that stands twice, half of a surrogate pair, absurd nesting.
+    Raises BadRequest for what is not strict JSON (RFC 8259): other encodings than UTF-8, NaN, 1e999, a member that
+    stands twice (RFC 7493), half of a surrogate pair, absurd nesting.
     """
-
-    def members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(found := dict(pairs)) < len(pairs):
-            raise ValueError
-        return found
-
-    body, number = request.get_data() if request.is_json else b"", partial(_strict, float)
+    number = partial(_strict, float)
     try:
-        value = json.loads(body.decode() or "{}", parse_constant=number, parse_float=number, object_pairs_hook=members)
+        if place != "json":
+            return getattr(request, place)
+        body = request.get_data() if request.is_json else b""
+        value = json.loads(body.decode() or "{}", parse_constant=number, parse_float=number, object_pairs_hook=_members)
         json.dumps(value, ensure_ascii=False).encode()  # what could not be written out again is not let in
     except (ValueError, RecursionError):
-        raise Refusal(message="The JSON body could not be read") from None
+        what = "JSON body" if place == "json" else "query string"
+        raise Refusal(message=f"The {what} could not be read") from None
     if not isinstance(value, dict):
         raise Refusal(message="The JSON body must be an object")
     return value
+
+def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(members := dict(pairs)) < len(pairs):
+        raise ValueError("a member stands twice")
+    return members
 
 @dataclass(frozen=True)
 class Text:
@@ -389,7 +386,7 @@ def parser_of(*arguments: Argument) -> RequestParser:
 
 @dataclass(frozen=True, eq=False)
 class Resource:
-    """A data model; registering it gives it the routes /<name> and /<name>/<id>, with ids like todo1 for the item todo.
+    """A data model. Registering it gives it the routes /<name> and /<name>/<id>, with ids like todo1 for the item todo.
 
     arguments say what an item holds; starter, {id: item}, is what a new account begins with.
     """
@@ -399,7 +396,7 @@ class Resource:
     arguments: Iterable[Argument]
     starter: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     parser: RequestParser = field(init=False)
-    changes: RequestParser = field(init=False)  # what is not sent stays as it is
+    changes: RequestParser = field(init=False)  # takes some of the arguments: what is not sent stays as it is
 
     def __post_init__(self) -> None:
         reserved = ("account", "sessions", "counters", "users", "token", "revoke", "health", "docs")
@@ -408,9 +405,7 @@ class Resource:
                 raise ValueError(f"{word!r} cannot name a resource or its items; words like notes and note can")
         arguments = tuple(self.arguments)
         changes = [replace(argument, required=False, store_missing=False) for argument in arguments]
-        object.__setattr__(self, "arguments", arguments)
-        object.__setattr__(self, "parser", parser_of(*arguments))
-        object.__setattr__(self, "changes", parser_of(*changes))
+        self.__dict__.update(arguments=arguments, parser=parser_of(*arguments), changes=parser_of(*changes))
 
 TODOS = {"todo1": {"task": "build an API"}, "todo2": {"task": "?????"}, "todo3": {"task": "profit!"}}
 TODO_RESOURCE = Resource("todos", "todo", [Argument("task", type=Text(1, 10_000), required=True)], TODOS)
@@ -580,7 +575,7 @@ class SQLStore:
 
     def _make_ready(self) -> None:
         """Make the tables, once for all the workers that start together; refuse those of a later version."""
-        for attempts_left in reversed(range(10)):
+        for attempts_left in reversed(range(5)):
             patience = suppress(StoreError) if attempts_left else nullcontext()
             with patience, self._transaction(self._writer) as connection:
                 for statement in _SCHEMA:
@@ -670,30 +665,22 @@ def secret_key(text: str) -> Key:
 
 def signing_key(path: str) -> Key:
     """The private key in a PEM file: Ed25519, P-256, or RSA of 2048 bits; its kid is the thumbprint of RFC 7638."""
-    try:
-        from cryptography.exceptions import UnsupportedAlgorithm
-        from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-        from cryptography.hazmat.primitives.serialization import load_pem_private_key
-    except ImportError:
-        raise ValueError("SERVICE_SIGNING_KEY_FILE needs: pip install 'todo-service[crypto]'") from None
-    algorithm, key = "", cast(Any, None)
-    with suppress(OSError, TypeError, ValueError, UnsupportedAlgorithm):
-        key = load_pem_private_key(Path(path).read_bytes(), password=None)
-    if isinstance(key, ed25519.Ed25519PrivateKey):
-        algorithm = "EdDSA"
-    elif isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name == "secp256r1":
-        algorithm = "ES256"
-    elif isinstance(key, rsa.RSAPrivateKey) and key.key_size >= 2048:
-        algorithm = "RS256"
-    if not algorithm:
-        right = "an unencrypted private key in PEM: Ed25519, P-256 or RSA of 2048 bits, for example that of genkey"
-        raise ValueError(f"SERVICE_SIGNING_KEY_FILE {path!r} cannot be: it must be {right}")
-    public = key.public_key()
-    members = jwt.get_algorithm_by_name(algorithm).to_jwk(public, as_dict=True)
-    jwk = {name: str(members[name]) for name in _MEMBERS[algorithm]}
-    digest = hashlib.sha256(json.dumps(jwk, separators=(",", ":")).encode()).digest()
-    kid = base64url_encode(digest).decode()
-    return Key(kid, algorithm, public, key, {**jwk, "kid": kid, "use": "sig", "alg": algorithm})
+    if not has_crypto:
+        raise ValueError("SERVICE_SIGNING_KEY_FILE needs: pip install 'todo-service[crypto]'")
+    for name, members in _MEMBERS.items():
+        with suppress(jwt.PyJWTError, OSError, TypeError, ValueError):
+            algorithm = jwt.get_algorithm_by_name(name)
+            private = algorithm.prepare_key(Path(path).read_bytes())
+            public = private.public_key() if hasattr(private, "private_bytes") else None
+            if public and not algorithm.check_key_length(private):
+                found = algorithm.to_jwk(public, as_dict=True)
+                jwk = {member: str(found[member]) for member in members}
+                digest = hashlib.sha256(json.dumps(jwk, separators=(",", ":")).encode()).digest()
+                kid = base64url_encode(digest).decode()
+                if jwk.get("crv") != "Ed448":
+                    return Key(kid, name, public, private, {**jwk, "kid": kid, "use": "sig", "alg": name})
+    right = "an unencrypted private key in PEM, Ed25519, P-256 or RSA of 2048 bits, for example that of genkey"
+    raise ValueError(f"SERVICE_SIGNING_KEY_FILE {path!r} cannot be: it must be {right}")
 
 def remote_keys(url: str, clock: Callable[[], float]) -> Callable[[str], Key]:
     """A function that finds a key by its kid in the JWK set at a URL, which is kept for 300 s.
@@ -1019,7 +1006,7 @@ def cors_headers(environ: WSGIEnvironment, origins: list[str]) -> list[tuple[str
 
 def error_reply(error: http.HTTPException, oauth: bool) -> Any:
     """What an error is answered with; oauth: in the form of RFC 6749 §5.2, whose texts are plain ASCII."""
-    if error.response is not None:
+    if error.response is not None:  # an embedder's abort(Response(...))
         return error.response
     status, body = error.code or 500, getattr(error, "data", {"message": error.description})
     headers = {name: value for name, value in error.get_headers() if not name.startswith("Content-")}
@@ -1510,13 +1497,15 @@ def make_service(
     clock: Callable[[], float] = time.time,
 ) -> Service:  # fmt: skip
     """The parts of an app."""
-    if not settings.secret_key:  # then the store is in memory, and forgets as much at exit
-        settings = replace(settings, secret_key=secrets.token_hex(32))
+    store = open_store(settings.store_url) if store is None else store
+    if not settings.secret_key:
+        if not isinstance(store, MemoryStore):
+            raise ValueError(MISSING_SECRET)
+        settings = replace(settings, secret_key=secrets.token_hex(32))  # it forgets as much at exit as the store does
     models = [TODO_RESOURCE] if resources is None else list(resources)
     names = [model.name for model in models]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"two resources are named {twice[0]!r}")
-    store = open_store(settings.store_url) if store is None else store
     urls = make_routes(models, routes)
     return Service(settings, store, Tokens(settings, clock), Passwords(clock), models, urls, clock)
 
