@@ -31,7 +31,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, lru_cache, partial, partialmethod
+from functools import cache, lru_cache, partial
 from getpass import getpass
 from importlib.util import find_spec
 from io import BytesIO
@@ -52,7 +52,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.routing import Map, RequestRedirect, Rule
 from werkzeug.security import check_password_hash, generate_password_hash
 from werkzeug.serving import run_simple
-from werkzeug.utils import send_from_directory
+from werkzeug.utils import cached_property, send_from_directory
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -925,15 +925,20 @@ class Request(werkzeug.Request):
         return str(self.claims["sub"])
 
     @contextmanager
-    def _data(self, transaction: str) -> Iterator[Data]:
-        """The bearer's data in a transaction of the store; 401 if the session has ended."""
-        with getattr(self.service.store, transaction)(self.user) as data:
-            if self.claims["sid"] not in data["sessions"]:
+    def _data(self, transaction: Callable[[str], AbstractContextManager[Data]]) -> Iterator[Data]:
+        claims = self.claims
+        with transaction(claims["sub"]) as data:
+            if claims["sid"] not in data["sessions"]:
                 raise InvalidToken("The session has ended")
             yield data
 
-    read = partialmethod(_data, "read")
-    write = partialmethod(_data, "write")
+    def read(self) -> AbstractContextManager[Data]:
+        """The bearer's data, to be read; 401 if the session has ended."""
+        return self._data(self.service.store.read)
+
+    def write(self) -> AbstractContextManager[Data]:
+        """The bearer's data, to be changed; 401 if the session has ended."""
+        return self._data(self.service.store.write)
 
     @property
     def prefix(self) -> str:
@@ -993,12 +998,14 @@ def allow(methods: Iterable[str]) -> dict[str, str]:
 
 def cors_headers(environ: WSGIEnvironment, origins: list[str]) -> list[tuple[str, str]]:
     """What lets the pages of other origins use the service (Fetch standard §3.3); never with credentials."""
+    if not origins:
+        return []
     if "*" in origins:
         allowed = [("Access-Control-Allow-Origin", "*")]
     elif environ.get("HTTP_ORIGIN") in origins:
         allowed = [("Vary", "Origin"), ("Access-Control-Allow-Origin", environ["HTTP_ORIGIN"])]
     else:
-        return [("Vary", "Origin")] if origins else []
+        return [("Vary", "Origin")]
     if environ["REQUEST_METHOD"] == "OPTIONS" and "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in environ:
         return [*allowed, ("Access-Control-Allow-Methods", "GET, HEAD, POST, PUT, PATCH, DELETE"),
                 ("Access-Control-Allow-Headers", "Authorization, Content-Type, If-Match, If-None-Match")]  # fmt: skip
