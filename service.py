@@ -470,9 +470,10 @@ class MemoryStore:
     def write(self, user: str) -> Iterator[Data]:
         """What the user owns, to be changed; everybody else waits until the block ends."""
         with self._lock:
-            yield self._users.setdefault(user, defaultdict(Collection))
-            if not any(self._users[user].values()):
-                del self._users[user]
+            data = self._users.setdefault(user, defaultdict(Collection))
+            yield data
+            if not any(data.values()):
+                self._users.pop(user, None)
 
 _SCHEMA_VERSION = 1
 _SCHEMA = (  # the primary key is the order of a page; with key before position, PostgreSQL would scan the collection
