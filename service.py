@@ -39,7 +39,7 @@ from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import jwt
 import werkzeug
@@ -695,15 +695,18 @@ def remote_keys(url: str, clock: Callable[[], float]) -> Callable[[str], Key]:
     def find(kid: str) -> Key:
         nonlocal keys, fetched, tried
         now = clock()
-        if kid not in keys or now - fetched >= 300:
+        if kid not in keys or abs(now - fetched) >= 300:
             with lock:
-                if now - tried >= 10:
+                if abs(now - tried) >= 10:
                     tried = now
-                    with suppress(jwt.PyJWTError, ValueError, OSError):
-                        jwks = [key for key in client.get_signing_keys() if key.algorithm_name in _MEMBERS]
-                        keys = {str(key.key_id): Key(str(key.key_id), key.algorithm_name, key.key) for key in jwks}
+                    try:
+                        found = [Key(str(key.key_id), key.algorithm_name, key.key) for key in client.get_signing_keys()]
+                        public = [key for key in found if key.algorithm in _MEMBERS and not hasattr(key.verifying, "sign")]
+                        keys = {key.kid: key for key in public}
                         fetched = now
-            if now - fetched >= 300:
+                    except (jwt.PyJWTError, ValueError, TypeError, RuntimeError, OSError) as error:
+                        log.warning("no keys from %s: %s", url, error)
+            if abs(now - fetched) >= 300:
                 raise http.ServiceUnavailable("The issuer's keys cannot be had", retry_after=10)
         return keys[kid]
 
@@ -744,12 +747,13 @@ class Tokens:
         """The claims of a token of ours; expired accepts one after its time too. Raises InvalidToken."""
         if len(token) > 4096:
             raise InvalidToken("The token is longer than 4096 characters")
-        claims = self._remembered(typ, token)
-        if claims["exp"] <= self._clock() and not expired:
+        now = self._clock()
+        claims = self._remembered(typ, token, now // 300)  # for so long: a key that is withdrawn must go
+        if claims["exp"] <= now and not expired:
             raise InvalidToken("The token has expired")
         return claims
 
-    def _verify(self, typ: str, token: str) -> Claims:
+    def _verify(self, typ: str, token: str, period: float) -> Claims:
         try:
             header = jwt.get_unverified_header(token)
             # Whatever else stands in a header (crit, jwk, jku, x5u) is a wish about how to verify.
@@ -1221,8 +1225,8 @@ def read_jwks(request: Request) -> Reply:
 
 def read_metadata(request: Request) -> Any:
     """Where a client finds what, and how (RFC 8414)"""
-    issuer = request.service.settings.issuer
-    base = issuer.rstrip("/") + ("" if issuer.rstrip("/").endswith(request.prefix) else request.prefix)
+    issuer, prefix = request.service.settings.issuer, request.prefix
+    base = issuer.rstrip("/") + ("" if urlsplit(issuer).path.rstrip("/").endswith(prefix) else prefix)
     return {
         "issuer": issuer, "token_endpoint": f"{base}/token", "revocation_endpoint": f"{base}/revoke",
         "jwks_uri": f"{base}/.well-known/jwks.json", "grant_types_supported": [*GRANTS], "response_types_supported": [],
@@ -1585,8 +1589,8 @@ def guard(
     It verifies with the issuer's secret (which can forge tokens as well) or with the keys at its jwks_url. Without a
     good token it answers 401 as RFC 6750 §3 says, without keys 503. CORS preflights and open_paths pass, as nobody.
     """
-    if bool(secret) == bool(jwks_url):
-        raise ValueError("guard needs one of secret and jwks_url")
+    if bool(secret) == bool(jwks_url) or isinstance(open_paths, str):
+        raise ValueError("guard needs either secret or jwks_url, and a list of open_paths")
     settings, paths = Settings(secret_key=secret or "", issuer=issuer, audience=audience), set(open_paths)
     tokens = Tokens(settings, clock, remote_keys(jwks_url, clock) if jwks_url else None)
 
