@@ -1,4 +1,4 @@
-"""Kill, stop and crash the service's parts while eight clients write; end with an error if anything acknowledged is lost.
+"""Kill, stop and crash the service's parts while eight clients write; an error if anything acknowledged is lost.
 
     python bench/faults.py sqlite 60       # kill -9 of workers, and of all of gunicorn, on a new SQLite file
     python bench/faults.py postgres 60     # the same over a PostgreSQL of one's own
@@ -15,7 +15,7 @@ from contextlib import closing
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from test_service import Postgres, store_killings, store_outages  # noqa: E402
+from test_service import Postgres, store_killings, store_outages
 
 
 def main(kind: str = "sqlite", seconds: str = "60") -> None:

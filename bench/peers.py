@@ -2,9 +2,10 @@
 
     pip install -e '.[bench]' && python bench/peers.py
 
-The peers do the same work: `bare` is the least that one can write (WSGI, jwt.decode, json.dumps, a dict), without routes,
-sessions or checks; `flask` is Flask, Flask-RESTful and Flask-JWT-Extended as their documentations show them, with a
-block list of ended sessions. Batches take turns, so that a busy moment hits all three; environs are made beforehand.
+The peers do the same work: `bare` is the least that one can write (WSGI, jwt.decode, json.dumps, a dict), without
+routes, sessions or checks; `flask` is Flask, Flask-RESTful and Flask-JWT-Extended as their documentations show them,
+with a block list of ended tokens. Batches take turns, so that a busy moment hits all three; environs are made
+beforehand.
 """
 
 from __future__ import annotations
@@ -26,8 +27,13 @@ import flask_restful
 import jwt
 from flask import Flask
 from flask_jwt_extended import (
-    JWTManager, create_access_token, create_refresh_token, get_jwt, get_jwt_identity, jwt_required,
-)  # fmt: skip
+    JWTManager,
+    create_access_token,
+    create_refresh_token,
+    get_jwt,
+    get_jwt_identity,
+    jwt_required,
+)
 from flask_restful import reqparse
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -225,9 +231,9 @@ def refresh_pair(peer: Peer, count: int) -> float:
 
 
 REQUESTS: dict[str, Callable[[Peer, int], float]] = {
-    "GET one item": get_item,
-    "GET one item, token seen for the first time": get_item_first,
-    "POST one item": post_item,
+    "GET of one item": get_item,
+    "GET of one item, token seen for the first time": get_item_first,
+    "POST of one item": post_item,
     "refresh": refresh_pair,
 }
 
