@@ -67,7 +67,11 @@ def log_event(event: str, user: str, address: str | None) -> None:
 
 _RULES = {  # setting: (pattern of its UTF-8 bytes, what that means, an example)
     "secret_key": (r"(\s*\S[^,]{30,}\S\s*(,|$))*", "32 bytes or more, or several such keys with commas between", ""),
-    "store_url": (r"memory:|sqlite:///(?!:).+|postgresql://.+", "memory:, sqlite:///FILE or postgresql://…", "memory:"),
+    "store_url": (
+        r"memory:|sqlite:///(?!:).+|postgresql://([^\s@/]*@)?(\[[^\s\]]+\]|[^\s@:/?\[]*)(:[0-9]+)?([/?]\S*)?",
+        "memory:, sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME, with %40 %3A %2F for @ : / in a password",
+        "memory:",
+    ),
     "access_ttl": (r"[1-9][0-9]{0,5}", "seconds, 1 to 999999", "900"),
     "refresh_ttl": (r"[1-9][0-9]{0,7}", "seconds, 1 to 99999999", "86400"),
     "refresh_grace": (r"[0-9]{1,3}", "seconds, 0 to 999", "10"),
@@ -449,9 +453,10 @@ class Collection(MutableMapping[str, dict[str, Any]]):
 
 def to_text(value: dict[str, Any]) -> str:
     """A value as the text that stores keep; TypeError or ValueError if it is not a JSON object."""
-    if not isinstance(value, dict):
-        raise TypeError(f"a value is a dict, not {value!r}")
-    return json.dumps(value, allow_nan=False)
+    text = json.dumps(value, allow_nan=False)
+    if not isinstance(value, dict) or json.loads(text) != value:
+        raise TypeError(f"a value is a dict that JSON can hold, not {value!r}")
+    return text
 
 class MemoryStore:
     """Dicts under a lock: one process, and all is gone when it ends."""
@@ -471,9 +476,12 @@ class MemoryStore:
         """What the user owns, to be changed; everybody else waits until the block ends."""
         with self._lock:
             data = self._users.setdefault(user, defaultdict(Collection))
-            yield data
-            if not any(data.values()):
-                self._users.pop(user, None)
+            try:
+                yield data
+            finally:
+                self._users[user] = data
+                if not any(data.values()):
+                    del self._users[user]
 
 _SCHEMA_VERSION = 1
 _SCHEMA = (  # the primary key is the order of a page; with key before position, PostgreSQL would scan the collection
@@ -495,6 +503,7 @@ _SQL = {
     " CAST(:collection AS TEXT), CASE WHEN max(position) >= :now THEN max(position) + 1 ELSE CAST(:now AS BIGINT) END,"
     f" CAST(:key AS TEXT), CAST(:value AS TEXT) FROM user_data WHERE {_ALL}",
     "delete": f"DELETE FROM user_data WHERE {_ONE}",
+    "empty": f"DELETE FROM user_data WHERE {_ALL}",
     "clear": "DELETE FROM user_data WHERE owner = :owner",
 }
 
@@ -524,6 +533,9 @@ class SQLCollection(MutableMapping[str, dict[str, Any]]):
     def __len__(self) -> int:
         return int(self._run("count").scalar())
 
+    def clear(self) -> None:
+        self._run("empty")
+
     def page(self, after: int = 0, limit: int | None = None) -> list[tuple[int, str, dict[str, Any]]]:
         rows = self._run("page", after=after, limit=2**60 if limit is None else limit)
         return [(position, key, json.loads(text)) for position, key, text in rows]
@@ -549,8 +561,11 @@ class SQLStore:
     """
 
     def __init__(self, url: str) -> None:
-        self._is_sqlite, self._is_ready = url.startswith("sqlite:"), False
-        postgres = {"connect_timeout": 5, "options": "-c lock_timeout=10s -c idle_in_transaction_session_timeout=30s"}
+        self._is_sqlite, self._is_ready, self._later = url.startswith("sqlite:"), False, 0
+        postgres = {
+            "connect_timeout": 5, "tcp_user_timeout": 10_000, "keepalives_idle": 10,
+            "options": "-c lock_timeout=10s -c idle_in_transaction_session_timeout=30s",
+        }  # fmt: skip
         try:
             import sqlalchemy as sa
 
@@ -573,12 +588,16 @@ class SQLStore:
         with suppress(StoreError):  # a database that is down now may come up
             self._make_ready()
         self.close()  # so that no connection is carried over a fork
+        if self._later:
+            raise ValueError(f"SERVICE_STORE_URL: a later version made this store, with schema {self._later}")
 
     def _make_ready(self) -> None:
         """Make the tables, once for all the workers that start together; refuse those of a later version."""
-        for attempts_left in reversed(range(5)):
+        for attempts_left in reversed(range(10 if self._is_sqlite else 1)):  # SQLite may be locked as it turns to WAL
             patience = suppress(StoreError) if attempts_left else nullcontext()
             with patience, self._transaction(self._writer) as connection:
+                if not self._is_sqlite:
+                    connection.execute(self._statements["lock"], {"owner": ""})
                 for statement in _SCHEMA:
                     connection.exec_driver_sql(statement)
                 version = connection.exec_driver_sql("SELECT max(version) FROM schema_version").scalar()
@@ -586,9 +605,8 @@ class SQLStore:
                     connection.exec_driver_sql(f"INSERT INTO schema_version VALUES ({_SCHEMA_VERSION})")
                 break
             time.sleep(random.random() / 20)
-        if version and version > _SCHEMA_VERSION:
-            raise ValueError(f"SERVICE_STORE_URL: a later version made this store, with schema {version}")
-        self._is_ready = True
+        self._later = version if version and version > _SCHEMA_VERSION else 0
+        self._is_ready = not self._later
 
     @contextmanager
     def _transaction(self, options: dict[str, Any]) -> Iterator[Any]:
@@ -597,13 +615,15 @@ class SQLStore:
                 yield connection
         except self._errors as error:
             cause = getattr(error, "orig", None) or error
-            log.error("store: %s", cause)  # without SQLAlchemy's words, which would quote what users wrote
+            log.error("store: %s", str(cause).partition("\n")[0])  # the rest would quote what users wrote
             raise StoreError(conflict=getattr(cause, "sqlstate", None) in ("40001", "40P01")) from error
 
     @contextmanager
     def _user_data(self, user: str, options: dict[str, Any], *, lock: bool) -> Iterator[Data]:
         if not self._is_ready:
             self._make_ready()
+        if self._later:
+            raise StoreError()
         with self._transaction(options) as connection:
 
             def run(statement: str, **values: Any) -> Any:
@@ -1550,11 +1570,7 @@ def create_app(
         if request.method == "OPTIONS" and (methods := adapter.allowed_methods(request.path)):
             return None, 204, allow(methods)
         view, arguments = match(request.path, request.method)
-        try:
-            return view(request, **arguments)
-        finally:
-            if "files" in request.__dict__:  # an upload's
-                request.close()
+        return view(request, **arguments)
 
     def repeated(answer: View, request: Request) -> Any:
         """Run a view again after a conflict of its transaction, up to 8 times."""
@@ -1575,6 +1591,8 @@ def create_app(
             reply = error_reply(http.NotFound(), oauth=False)
         except http.HTTPException as error:
             reply = error_reply(error, oauth=request.path in ("/token", "/revoke"))
+        if "files" in request.__dict__:  # of an upload
+            request.close()
         return send(environ, start_response, reply, cors_headers(environ, origins))
 
     return ProxyFix(app, x_for=hops, x_proto=hops, x_host=hops, x_prefix=hops) if hops else app
