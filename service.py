@@ -306,7 +306,7 @@ class Argument:
             return None
         if trim and isinstance(value, str):
             value = value.strip()
-        if not (isinstance(value, FileStorage) and self.type in (str, FileStorage)):
+        if not (isinstance(value, FileStorage) and self.type is str):  # an upload is itself, unless told otherwise
             try:
                 value = _strict(self.type, value) if any(self.type is kind for kind in _STRICT) else self.type(value)
             except ValueError as error:
@@ -322,7 +322,10 @@ class Argument:
         return value.lower() if isinstance(value, str) and not self.case_sensitive else value
 
 _FLOAT = re.compile(r"\s*[+-]?[0-9]*\.?[0-9]+([eE][+-]?[0-9]+)?\s*")
-_STRICT = {str: "text", int: "an integer", float: "a number", bool: "true or false", list: "a list", dict: "an object"}
+_STRICT: dict[Any, str] = {
+    str: "text", int: "an integer", float: "a number", bool: "true or false", list: "a list", dict: "an object",
+    FileStorage: "a file",
+}  # fmt: skip
 
 def _strict(kind: Any, value: Any) -> Any:
     """A value of one of the built-in types, without the surprises of calling them: bool("False"), int(1.5)."""
@@ -335,7 +338,7 @@ def _strict(kind: Any, value: Any) -> Any:
         return float(text)
     if kind is bool and text.lower() in ("true", "1", "false", "0"):
         return text.lower() in ("true", "1")
-    if kind in (list, dict) and isinstance(value, kind):
+    if kind in (list, dict, FileStorage) and isinstance(value, kind):
         return value
     raise ValueError(f"Must be {_STRICT[kind]}")
 
@@ -720,7 +723,8 @@ def remote_keys(url: str, clock: Callable[[], float]) -> Callable[[str], Key]:
                 if abs(now - tried) >= 10:
                     tried = now
                     try:
-                        found = [Key(str(key.key_id), key.algorithm_name, key.key) for key in client.get_signing_keys()]
+                        jwks = client.get_signing_keys()
+                        found = [Key(str(key.key_id), key.algorithm_name, key.key) for key in jwks]
                         public = [key for key in found if key.algorithm in _MEMBERS and not hasattr(key.verifying, "sign")]
                         keys = {key.kid: key for key in public}
                         fetched = now

@@ -6,55 +6,74 @@ a real gunicorn where only a server shows the thing. Time is a clock that the te
 
 from __future__ import annotations
 
+import ast
+import base64
 import copy
+import datetime
+import decimal
+import gc
+import hashlib
+import hmac
+import http.client
+import http.server
+import io
+import itertools
 import json
+import logging
+import math
 import os
+import random
 import re
+import resource
+import runpy
 import shutil
+import signal
+import socket
+import sqlite3
 import subprocess
+import sys
 import tempfile
 import threading
 import time
+import tomllib
+import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import FrozenInstanceError, fields
+from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import urlencode, urlsplit
 from wsgiref.validate import validator
+
+import jwt
 import psycopg
 import pytest
-from werkzeug.datastructures import Headers
-from werkzeug.security import generate_password_hash
-from werkzeug.test import Client, TestResponse
-import service
-import base64
-import datetime
-import decimal
-import random
-import sys
-import uuid
-from dataclasses import FrozenInstanceError, fields
+import sqlalchemy as sa
 import werkzeug
-from werkzeug.datastructures import FileStorage
-from werkzeug.exceptions import BadRequest
-from werkzeug.test import EnvironBuilder
-import hashlib
-import hmac
-import logging
-import io
-from werkzeug.exceptions import Conflict, HTTPException
+from authlib.integrations.base_client import OAuthError
+from authlib.integrations.requests_client import OAuth2Session as AuthlibSession
+from cryptography.hazmat.primitives import serialization as pem
+from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed448, ed25519, rsa
+from gunicorn.config import Config
+from jsonschema import Draft202012Validator
+from oauthlib.oauth2 import LegacyApplicationClient
+from oauthlib.oauth2.rfc6749.errors import InvalidGrantError
+from openapi_spec_validator import validate
+from requests_oauthlib import OAuth2Session as RequestsSession
+from werkzeug.datastructures import FileStorage, Headers
+from werkzeug.exceptions import BadRequest, Conflict, HTTPException
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from werkzeug.routing import Rule
-from werkzeug.test import create_environ, run_wsgi_app
+from werkzeug.security import generate_password_hash
+from werkzeug.test import Client, EnvironBuilder, TestResponse, create_environ, run_wsgi_app
 from werkzeug.wrappers import Response
-import ast
-import http.client
-import signal
-import socket
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import suppress
-from typing import NamedTuple
-from urllib.parse import urlencode
-from gunicorn.config import Config
+
+import service
 
 # ---- Harness --------------------------------------------------------------------------------
 
@@ -457,7 +476,7 @@ print(json.dumps([Watched.asked, made, maps, threading.active_count()]))
 def test_importing_the_service_does_nothing_else_whatever_the_environment_says() -> None:
     """It reads no variable, makes no app, prints nothing, starts no thread and needs no extra."""
     hostile = {f"SERVICE_{setting.name.upper()}": "\nnonsense" for setting in fields(service.Settings)}
-    done = subprocess.run(  # noqa: S603
+    done = subprocess.run(
         [sys.executable, "-W", "error", "-c", SETTINGS_IMPORT_PROBE],
         env={**hostile, "PATH": os.defpath}, cwd=Path(service.__file__).parent,
         capture_output=True, text=True, timeout=60, check=False,
@@ -651,6 +670,7 @@ ARG_LOCATIONS = [
         sent_parts(("n", "a.txt", "hi")), {"n": ArgUpload("a.txt", b"hi")}),
     arg_case("files gives the upload with type=FileStorage", arg_n(location="files", type=FileStorage),
         sent_parts(("n", "a", "hi")), {"n": ArgUpload("a", b"hi")}),
+    arg_case("text is no upload", arg_n(type=FileStorage), sent_form("n=x"), "Must be a file"),
     arg_case("files gives the upload to any other type", arg_n(location="files", type=lambda file: file.filename),
         sent_parts(("n", "a", "hi")), {"n": "a"}),
     arg_case("files and fields come in one form", [arg_n(), arg("f", location="files")],
@@ -1098,7 +1118,7 @@ def test_nothing_that_is_sent_raises_anything_but_bad_request(sent: dict[str, An
 
 @pytest.mark.parametrize("seed", range(20))
 def test_no_random_bytes_raise_anything_but_bad_request(seed: int) -> None:
-    dice = random.Random(seed)  # noqa: S311
+    dice = random.Random(seed)
     bodies = ['{"n": [1, "a", null, {"b": 1.5e3}]}', "n=1&m=%C3%A9&n=,", sent_parts(("n", None, "1"))["data"]]
     bits = [b'"', b"{", b"[", b"\xff", b"%", b"\0", b"\r\n", b"9", b"e"]
     types = ["application/json", "application/x-www-form-urlencoded", "multipart/form-data; boundary=b"]
@@ -4819,3 +4839,3115 @@ def test_the_development_server_too_ends_with_one_line_for_a_bad_setting() -> No
     )  # fmt: skip
     assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
     assert ended.stderr.startswith("SERVICE_REFRESH_TTL ")
+
+
+# ---- Stores ---------------------------------------------------------------------------------
+# What a store promises, the same over all of them; then what only a database can do or suffer: its
+# plans, its outages, several processes, and their violent ends.
+
+SQL = pytest.mark.parametrize("store_url", ["sqlite", "postgres"], indirect=True)
+SQLITE = pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+POSTGRES = pytest.mark.parametrize("store_url", ["postgres"], indirect=True)
+
+
+def store_put(store: Any, *keys: str, user: str = "alice", **value: Any) -> None:
+    with store.write(user) as data:
+        for key in keys:
+            data["todos"][key] = value or {"task": key}
+
+
+def store_keys(store: Any, user: str = "alice") -> list[str]:
+    with store.read(user) as data:
+        return list(data["todos"])
+
+
+def store_sql(url: str, *statements: str) -> list[Any]:
+    """What the last of these statements returns, run beside the service."""
+    if url.startswith("sqlite:"):
+        with closing(sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None)) as database:
+            return [database.execute(statement).fetchall() for statement in statements][-1]
+    with psycopg.connect(url, autocommit=True) as database:
+        cursors = [database.execute(statement) for statement in statements]
+        return cursors[-1].fetchall() if cursors[-1].description else []
+
+
+class TestWhatEveryStorePromises:
+    """The contract of store.read(user) and store.write(user)."""
+
+    def test_keys_come_in_the_order_of_their_creation(self, store: Any) -> None:
+        store_put(store, "b", "a", "c")
+        store_put(store, "0")
+        assert store_keys(store) == ["b", "a", "c", "0"]
+
+    def test_an_overwritten_key_keeps_its_place(self, store: Any) -> None:
+        store_put(store, "a", "b", "c")
+        store_put(store, "b", task="new")
+        with store.read("alice") as data:
+            assert list(data["todos"].items()) == [("a", {"task": "a"}), ("b", {"task": "new"}), ("c", {"task": "c"})]
+
+    def test_a_key_that_was_deleted_and_made_again_goes_to_the_end(self, store: Any) -> None:
+        store_put(store, "a", "b")
+        with store.write("alice") as data:
+            del data["todos"]["a"]
+            data["todos"]["a"] = {"task": "again"}
+        assert store_keys(store) == ["b", "a"]
+
+    def test_a_collection_is_a_mutable_mapping(self, store: Any) -> None:
+        with store.write("alice") as data:
+            todos = data["todos"]
+            assert (len(todos), list(todos), "a" in todos, todos.get("a"), todos.pop("a", 0)) == (0, [], False, None, 0)
+            todos["a"], todos["b"], todos["c"] = {"n": 1}, {"n": 2}, {"n": 3}
+            assert (len(todos), "a" in todos, "d" in todos) == (3, True, False)
+            assert (todos["a"], todos.get("d", {}), todos.setdefault("a", {})) == ({"n": 1}, {}, {"n": 1})
+            assert todos.pop("b") == {"n": 2}
+            assert [*todos.items()] == [("a", {"n": 1}), ("c", {"n": 3})]
+            assert [*todos.values()] == [{"n": 1}, {"n": 3}]
+            todos.update(d={"n": 4})
+            assert todos == {"a": {"n": 1}, "c": {"n": 3}, "d": {"n": 4}}
+            todos.clear()
+            assert (len(todos), dict(todos)) == (0, {})
+        assert store_keys(store) == []
+
+    def test_a_missing_key_is_a_key_error(self, store: Any) -> None:
+        with store.write("alice") as data:
+            for look in (lambda: data["todos"]["a"], lambda: data["todos"].pop("a")):
+                with pytest.raises(KeyError, match="^'a'$"):
+                    look()
+            with pytest.raises(KeyError, match="^'a'$"):
+                del data["todos"]["a"]
+
+    def test_a_loop_may_write_and_delete_and_sees_what_was_there_when_it_began(self, store: Any) -> None:
+        store_put(store, "a", "b", "c")
+        with store.write("alice") as data:
+            seen = []
+            for key in data["todos"]:
+                seen.append(key)
+                data["todos"][key + "2"] = {"task": key}
+                del data["todos"][key]
+        assert seen == ["a", "b", "c"]
+        assert store_keys(store) == ["a2", "b2", "c2"]
+
+    def test_keys_and_values_are_of_any_script(self, store: Any) -> None:
+        texts = ["ключ", "键", "🗝️", "e\u0301", "é", "", "'; DROP TABLE user_data; --", "%(owner)s", "\\"]
+        for text in texts:
+            store_put(store, text, **{text: [text, {text: text}]})
+        with store.read("alice") as data:
+            assert dict(data["todos"]) == {text: {text: [text, {text: text}]} for text in texts}
+            assert list(data["todos"]) == texts
+
+    @pytest.mark.parametrize("value", [
+        {}, {"a": None, "b": [True, False, 0, -1, 1.5, 1e300, 2**70, "", [], {}]}, {"nul": "\0", "half": "\ud800"},
+    ])  # fmt: skip
+    def test_a_value_comes_back_as_it_went(self, store: Any, value: dict[str, Any]) -> None:
+        with store.write("alice") as data:
+            data["todos"]["a"] = value
+        with store.read("alice") as data:
+            assert json.dumps(data["todos"]["a"]) == json.dumps(value)
+
+    @pytest.mark.parametrize("value", [
+        None, "text", 1, ["list"], [("a", 1)], {"a": math.nan}, {"a": -math.inf}, {"a": {1, 2}}, {"a": b"bytes"},
+        {"a": object()}, {("a", 1): 2}, {"a": {b"b": 1}},
+    ], ids=repr)  # fmt: skip
+    def test_what_is_no_json_object_is_refused_and_changes_nothing(self, store: Any, value: Any) -> None:
+        store_put(store, "a")
+        for key in ("a", "b"):
+            with store.write("alice") as data, pytest.raises((TypeError, ValueError)):
+                data["todos"][key] = value
+        with store.read("alice") as data:
+            assert dict(data["todos"]) == {"a": {"task": "a"}}
+
+    @pytest.mark.parametrize("value", [{1: "x"}, {"a": {None: "x"}}, {True: "x"}, {"a": (1, 2)}], ids=repr)
+    def test_what_json_would_silently_change_is_kept_by_all_alike_or_refused_by_all(
+        self, store: Any, value: Any
+    ) -> None:
+        with suppress(TypeError, ValueError), store.write("alice") as data:
+            data["todos"]["a"] = value
+        with store.read("alice") as data:
+            assert dict(data["todos"]) in ({}, {"a": json.loads(json.dumps(value))})
+
+    def test_a_page_is_what_follows_a_position(self, store: Any) -> None:
+        store_put(store, "a", "b", "c", "d")
+        with store.read("alice") as data:
+            everything = data["todos"].page()
+            positions = [position for position, _, _ in everything]
+            assert [(key, value) for _, key, value in everything] == [(key, {"task": key}) for key in "abcd"]
+            assert positions == sorted(set(positions))
+            assert min(positions) > 0
+            assert data["todos"].page(limit=2) == everything[:2]
+            assert data["todos"].page(positions[1], 1) == everything[2:3]
+            assert data["todos"].page(positions[0]) == everything[1:]
+            assert data["todos"].page(positions[3], 5) == []
+            assert data["todos"].page(2**60 - 1) == []
+            assert data["sessions"].page() == []
+
+    def test_no_position_is_given_twice_whatever_is_deleted(self, store: Any) -> None:
+        store_put(store, "always", user="alice")
+        seen: list[int] = []
+        for _ in range(5):
+            store_put(store, "x", "y")
+            with store.write("alice") as data:
+                seen += [position for position, key, _ in data["todos"].page() if key != "always"]
+                del data["todos"]["y"], data["todos"]["x"]
+        assert seen == sorted(set(seen))
+
+    def test_collections_of_a_user_are_apart(self, store: Any) -> None:
+        with store.write("alice") as data:
+            data["todos"]["a"], data["notes"]["a"] = {"in": "todos"}, {"in": "notes"}
+            del data["todos"]["a"]
+        with store.read("alice") as data:
+            assert (dict(data["todos"]), dict(data["notes"])) == ({}, {"a": {"in": "notes"}})
+
+    def test_no_user_sees_what_another_owns(self, store: Any) -> None:
+        names = ["alice", "Alice", "alice ", "alic", "a_ice", "a%", ""]
+        for name in names:
+            store_put(store, "a", user=name, owner=name)
+        with store.write("alice") as data:
+            data.clear()
+        for name in names[1:]:
+            with store.read(name) as data:
+                assert dict(data["todos"]) == {"a": {"owner": name}}
+        assert store_keys(store) == []
+
+    def test_clearing_the_data_removes_every_collection(self, store: Any) -> None:
+        with store.write("alice") as data:
+            data["todos"]["a"] = data["account"]["a"] = data["notes"]["a"] = {}
+        with store.write("alice") as data:
+            data.clear()
+            assert [len(data[name]) for name in ("todos", "account", "notes")] == [0, 0, 0]
+            data["notes"]["b"] = {}
+        with store.read("alice") as data:
+            assert [list(data[name]) for name in ("todos", "account", "notes")] == [[], [], ["b"]]
+
+    def test_looking_leaves_nothing_behind(self, store: Any) -> None:
+        for transaction in (store.read, store.write):
+            with transaction("nobody") as data:
+                assert (dict(data["todos"]), data["account"].get("password"), len(data["notes"])) == ({}, None, 0)
+        store_put(store, "a")
+        with store.read("alice") as data:
+            assert list(data["notes"]) == []
+        assert store_keys(store, "nobody") == []
+
+    def test_one_users_writes_come_one_after_the_other(self, store: Any, store_url: str) -> None:
+        stores = [store, store if store_url == "memory:" else service.open_store(store_url)]
+
+        def count(number: int) -> None:
+            for _ in range(10):
+                with stores[number % 2].write("alice") as data:
+                    last = data["counters"].get("todos", {"last": 0})["last"]
+                    data["counters"]["todos"] = {"last": last + 1}
+
+        together(8, count)
+        with store.read("alice") as data:
+            assert data["counters"]["todos"] == {"last": 80}
+        if stores[1] is not store:
+            stores[1].close()
+
+    def test_a_reader_sees_one_moment_until_its_block_ends(self, store: Any) -> None:
+        store_put(store, "a", "b")
+
+        def change() -> None:
+            with store.write("alice") as data:
+                data["todos"]["a"] = {"task": "new"}
+                del data["todos"]["b"]
+                data["todos"]["c"] = {"task": "c"}
+
+        writer = threading.Thread(target=change)
+        with store.read("alice") as data:
+            before = dict(data["todos"])
+            writer.start()
+            writer.join(timeout=0.3)  # it is through, or waits for this block to end
+            assert dict(data["todos"]) == before == {"a": {"task": "a"}, "b": {"task": "b"}}
+            assert (len(data["todos"]), "c" in data["todos"]) == (2, False)
+        writer.join()
+        with store.read("alice") as data:
+            assert dict(data["todos"]) == {"a": {"task": "new"}, "c": {"task": "c"}}
+
+    def test_nobody_sees_a_write_before_its_block_ends(self, store: Any) -> None:
+        store_put(store, "a")
+        seen: list[list[str]] = []
+        reader = threading.Thread(target=lambda: seen.append(store_keys(store)))
+        with store.write("alice") as data:
+            data["todos"]["b"] = {}
+            reader.start()
+            reader.join(timeout=0.3)
+            assert seen in ([], [["a"]])  # it waits, or sees what was before
+            del data["todos"]["b"]
+        reader.join()
+        assert seen == [["a"]]
+
+
+# Databases
+
+
+@SQL
+@pytest.mark.parametrize("error", [LookupError, KeyboardInterrupt, service.InvalidToken])
+def test_an_exception_inside_a_write_leaves_nothing_behind(store: Any, error: type[BaseException]) -> None:
+    store_put(store, "a", "b")
+    with pytest.raises(error), store.write("alice") as data:
+        data["todos"]["a"] = {"task": "changed"}
+        data["todos"]["c"] = {}
+        del data["todos"]["b"]
+        data["notes"]["n"] = {}
+        raise error
+    with pytest.raises(error), store.write("alice") as data:
+        data.clear()
+        raise error
+    with store.read("alice") as data:
+        assert dict(data["todos"]) == {"a": {"task": "a"}, "b": {"task": "b"}}
+        assert len(data["notes"]) == 0
+
+
+@contextmanager
+def store_statements() -> Iterator[list[tuple[str, Any]]]:
+    """Every statement of every engine, with its parameters."""
+    seen: list[tuple[str, Any]] = []
+
+    def note(connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
+        seen.append((statement, parameters))
+
+    sa.event.listen(sa.Engine, "before_cursor_execute", note)
+    try:
+        yield seen
+    finally:
+        sa.event.remove(sa.Engine, "before_cursor_execute", note)
+
+
+def store_insert(url: str, rows: Iterator[tuple[str, str, int, str, str]]) -> None:
+    """Rows (owner, collection, position, key, value), faster than through the store."""
+    if url.startswith("sqlite:"):
+        with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database, database:
+            database.executemany("INSERT INTO user_data VALUES (?, ?, ?, ?, ?)", rows)
+    else:
+        copying = "COPY user_data FROM STDIN"
+        with psycopg.connect(url) as database, database.cursor() as cursor, cursor.copy(copying) as table:
+            for row in rows:
+                table.write_row(row)
+
+
+@contextmanager
+def store_work(url: str) -> Iterator[list[int]]:
+    """How hard the database works meanwhile: the steps of SQLite's virtual machine, the rows PostgreSQL reads."""
+    work: list[int] = []
+
+    def measure(connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
+        if url.startswith("sqlite:"):
+            connection.connection.dbapi_connection.set_progress_handler(lambda: work.append(1), 1)
+        elif "user_data" in statement:
+            work.append(store_rows_read(url, statement, parameters))
+
+    sa.event.listen(sa.Engine, "before_cursor_execute", measure)
+    try:
+        yield work
+    finally:
+        sa.event.remove(sa.Engine, "before_cursor_execute", measure)
+
+
+def store_rows_read(url: str, statement: str, parameters: dict[str, Any]) -> int:
+    """How many rows PostgreSQL would read for it, with a plan for these values or with one for any."""
+    names = list(dict.fromkeys(re.findall(r"%\((\w+)\)s", statement)))
+    prepared = re.sub(r"%\((\w+)\)s", lambda match: f"${names.index(match[1]) + 1}", statement)
+    values = ", ".join(psycopg.sql.Literal(parameters[name]).as_string() for name in names)
+
+    def read(plan: dict[str, Any]) -> int:
+        assert plan["Node Type"] != "Seq Scan", plan
+        rows = sum(plan.get(what, 0) for what in ("Actual Rows", "Rows Removed by Filter"))
+        return int(rows * plan["Actual Loops"]) + sum(map(read, plan.get("Plans", ())))
+
+    plans = []
+    for mode in ("force_custom_plan", "force_generic_plan"):
+        with psycopg.connect(url) as database:
+            database.execute(f"SET plan_cache_mode = {mode}")
+            database.execute(f"PREPARE one AS {prepared}")
+            plans += database.execute(f"EXPLAIN (ANALYZE, FORMAT JSON) EXECUTE one({values})").fetchall()
+            database.rollback()
+    return max(read(plan[0]["Plan"]) for (plan,) in plans)
+
+
+STORE_REQUESTS = [
+    ("GET", "/todos/old5", {}), ("GET", "/todos/no", {}), ("GET", "/todos?limit=10", {}),
+    ("GET", "/todos?limit=10&after={after:x}", {}), ("GET", "/users/me", {}), ("POST", "/todos", {"task": "x"}),
+    ("PUT", "/todos/old6", {"task": "x"}), ("PUT", "/todos/new", {"task": "x"}),
+    ("PATCH", "/todos/old7", {"task": "x"}), ("DELETE", "/todos/old8", {}), ("POST", "/token", {}),
+]  # fmt: skip
+
+
+@SQL
+def test_no_request_works_harder_in_a_collection_of_10_000_than_in_one_of_100(api: Api, store_url: str) -> None:
+    tokens, renewals, counts = {}, {}, {"few": 100, "many": 10_000}
+    for user, count in counts.items():
+        pair = api.log_in(api.sign_up(user))
+        tokens[user], renewals[user] = pair["access_token"], pair["refresh_token"]
+        items = ((user, "todos", n, f"old{n}", '{"task": "x"}') for n in range(1, count))
+        store_insert(store_url, items)
+    for statistics in ("", "ANALYZE"):
+        if statistics:
+            store_sql(store_url, statistics)
+        for method, path, form in STORE_REQUESTS:
+            cost = {}
+            for user, token in tokens.items():
+                data = form if path != "/token" else {"grant_type": "refresh_token", "refresh_token": renewals[user]}
+                with store_statements() as statements, store_work(store_url) as work:
+                    answer = api.call(method, path.format(after=counts[user] // 2), token, data=data or None)
+                assert answer.status_code in (200, 201, 204, 404), answer.text
+                cost[user] = (len(statements), sum(work))
+            assert 0 < cost["many"][0] == cost["few"][0] <= 12, (method, path, cost)
+            assert 0 < cost["many"][1] <= cost["few"][1] * 1.3 + 2, (method, path, cost)
+        for user in tokens:  # what the second round needs again
+            api.call("PUT", "/todos/old8", tokens[user], data={"task": "x"})
+            api.call("DELETE", "/todos/new", tokens[user])
+
+
+@SQLITE
+def test_emptying_a_collection_costs_as_much_as_it_holds(store: Any, store_url: str) -> None:
+    cost = []
+    for count in (100, 200):
+        store_put(store, *map(str, range(count)))
+        with store_work(store_url) as work, store.write("alice") as data:
+            data["todos"].clear()
+        cost.append(len(work))
+        assert store_keys(store) == []
+    assert 0 < cost[1] <= 2.2 * cost[0]
+
+
+@SQL
+def test_reading_runs_queries_only(api: Api) -> None:
+    token = api.user()
+    for path in ("/todos", "/todos/todo1", "/todos/no", "/users/me", "/health"):
+        with store_statements() as statements:
+            assert api.call("GET", path, token).status_code in (200, 404)
+        assert {statement.split()[0] for statement, _ in statements} <= {"SELECT", "BEGIN"}
+
+
+STORE_STARTER = """
+import sys, service
+print("ready", flush=True)
+sys.stdin.readline()
+store = service.open_store(sys.argv[1])
+with store.write(sys.argv[2]) as data:
+    data["todos"]["a"] = {"by": sys.argv[2]}
+"""
+
+
+@SQL
+def test_eight_processes_may_start_at_once_on_an_empty_database(store_url: str) -> None:
+    starters = [
+        subprocess.Popen(
+            [sys.executable, "-c", STORE_STARTER, store_url, f"p{n}"], cwd=FOLDER, env=clean_environ(),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        ) for n in range(8)
+    ]  # fmt: skip
+    for starter in starters:
+        assert starter.stdout
+        assert starter.stdout.readline() == "ready\n"
+    for starter in starters:
+        assert starter.stdin
+        starter.stdin.write("go\n")
+        starter.stdin.flush()
+    ends = [(starter.communicate(timeout=30)[1], starter.returncode) for starter in starters]
+    assert [status for said, status in ends if "Traceback" not in said] == [0] * 8, ends
+    assert store_sql(store_url, "SELECT count(*) FROM user_data") == [(8,)]
+    assert store_sql(store_url, "SELECT count(*) FROM schema_version") == [(1,)]
+
+
+@SQL
+def test_a_store_of_a_later_version_is_refused_in_one_line(store: Any, store_url: str) -> None:
+    store_put(store, "a")
+    store_sql(store_url, "UPDATE schema_version SET version = version + 1")
+    with pytest.raises(ValueError, match=r"^SERVICE_STORE_URL: .*later version.*\b2$"):
+        service.open_store(store_url)
+    gc.collect()  # which would tell of a connection that it left open
+    said = refused_start(SERVICE_STORE_URL=store_url, SERVICE_SECRET_KEY=SECRET)
+    assert said.count("\n") == 1
+    assert "later version" in said
+
+
+STORE_BLOCKED = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == sys.argv[1]:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Blocked())
+import service
+service.create_app(service.Settings())
+assert "sqlalchemy" not in sys.modules
+try:
+    service.open_store(sys.argv[2])
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(("missing", "url", "extra"), [
+    ("sqlalchemy", "sqlite:///unused.db", "sql"),
+    ("sqlalchemy", "postgresql://localhost/unused", "sql"),
+    ("psycopg", "postgresql://localhost/unused", "postgres"),
+])  # fmt: skip
+def test_a_missing_extra_is_named_and_the_memory_store_needs_none(missing: str, url: str, extra: str) -> None:
+    said = subprocess.run(
+        [sys.executable, "-c", STORE_BLOCKED, missing, url], cwd=FOLDER, env=clean_environ(), capture_output=True,
+        text=True, check=True,
+    )  # fmt: skip
+    assert said.stdout == f"SERVICE_STORE_URL needs: pip install 'todo-service[{extra}]'\n"
+    assert said.stderr == ""
+
+
+@pytest.mark.parametrize("url", [
+    "postgresql://todo:hunter2@127.0.0.1:1/todo",
+    "postgresql://todo@127.0.0.1:1/todo?password=hunter2",
+    "postgresql://todo:hun/hunter2@127.0.0.1:1/todo",
+    "postgresql://todo:hunter2@127.0.0.1:x/todo",
+    "postgresql://todo:hunter2@[127.0.0.1/todo",
+    "postgresql://todo:hunter2",  # the host was forgotten
+    "postgresql://todo:p@hunter2@127.0.0.1:1/todo",  # an @ that should be %40
+    "postgresql://todo:hunter2@127.0.0.1:1/todo?sslmod=require",
+])  # fmt: skip
+def test_no_secret_of_a_url_is_told_anybody(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+    told = ""
+    try:
+        settings = service.Settings(secret_key=SECRET, store_url=url)
+        told += repr(settings)
+        store = service.open_store(url)
+        told += repr(store)
+        told += Api(store).call("GET", "/health").text
+    except ValueError as error:
+        told += str(error)
+        assert "SERVICE_STORE_URL" in told
+    assert "hunter2" not in told + caplog.text
+
+
+# What a database suffers
+
+
+def store_is_unavailable(answer: TestResponse) -> bool:
+    return answer.status_code == 503 and int(answer.headers["Retry-After"]) >= 1 and "message" in answer.json
+
+
+def test_a_database_that_is_down_at_the_start_may_come_up_later(postgres: Postgres, clock: Clock) -> None:
+    store_sql(postgres.url, "DROP TABLE IF EXISTS user_data, schema_version")
+    postgres.stop()
+    try:
+        api = Api(service.open_store(postgres.url), clock)
+        assert store_is_unavailable(api.call("GET", "/health"))
+    finally:
+        postgres.start()
+    assert api.call("GET", "/health").status_code == 200
+    token = api.user()
+    postgres.stop("QUIT")
+    try:
+        assert store_is_unavailable(api.call("GET", "/todos", token))
+        assert store_is_unavailable(api.call("POST", "/todos", token, data={"task": "x"}))
+    finally:
+        postgres.start()
+    assert api.call("POST", "/todos", token, data={"task": "x"}).headers["Location"] == f"{PREFIX}/todos/todo4"
+    api.store.close()
+
+
+def test_a_database_that_accepts_and_then_says_nothing_is_503_in_good_time() -> None:
+    began = time.monotonic()
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        store = service.open_store(f"postgresql://todo@127.0.0.1:{mute.getsockname()[1]}/todo")
+        assert store_is_unavailable(Api(store).call("GET", "/health"))
+    assert time.monotonic() - began < 15
+
+
+def test_a_connection_lost_inside_a_transaction_is_503_and_leaves_nothing_behind(
+    postgres: Postgres, clock: Clock
+) -> None:
+    store_sql(postgres.url, "DROP TABLE IF EXISTS user_data, schema_version")
+
+    def interrupted(request: Any) -> Any:
+        with request.write() as data:
+            data["todos"]["half"] = {"task": "half"}
+            if request.args:
+                store_sql(postgres.url, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                                        " WHERE state = 'idle in transaction'")  # fmt: skip
+            data["todos"]["other"] = {"task": "other half"}
+        return {}, 201
+
+    rule = Rule("/interrupted", methods=["POST"], endpoint=interrupted)
+    api = Api(service.open_store(postgres.url), clock, routes=[rule])
+    token = api.user()
+    assert store_is_unavailable(api.call("POST", "/interrupted?now=1", token))
+    assert list(api.call("GET", "/todos", token).json) == ["todo1", "todo2", "todo3"]
+    assert api.call("POST", "/interrupted", token).status_code == 201
+    assert list(api.call("GET", "/todos", token).json) == ["todo1", "todo2", "todo3", "half", "other"]
+    api.store.close()
+
+
+@POSTGRES
+def test_when_all_connections_are_taken_there_is_503_until_one_is_free(api: Api) -> None:
+    token = api.user()
+    with ExitStack() as busy:
+        for _ in range(15):
+            busy.enter_context(api.store.read("bob"))
+        assert store_is_unavailable(api.call("GET", "/todos", token))  # after 5 s
+    assert api.call("GET", "/todos", token).status_code == 200
+
+
+@SQLITE
+def test_every_commit_is_synced_to_the_disk(store: Any) -> None:
+    seen: list[Any] = []
+
+    def look(connection: Any, record: Any, proxy: Any) -> None:
+        seen.extend(connection.execute(f"PRAGMA {name}").fetchone() for name in ("journal_mode", "synchronous"))
+
+    sa.event.listen(sa.Pool, "checkout", look)
+    try:
+        store_put(store, "a")
+    finally:
+        sa.event.remove(sa.Pool, "checkout", look)
+    assert seen == [("wal",), (2,)]  # 2 is FULL; kill -9 alone would not show the difference
+
+
+@SQLITE
+def test_a_locked_file_is_503_for_writers_and_no_matter_for_readers(api: Api, store_url: str) -> None:
+    def hurry(connection: Any, record: Any, proxy: Any) -> None:
+        connection.execute("PRAGMA busy_timeout = 50").close()  # not the 10 s of the service
+
+    token = api.user()
+    sa.event.listen(sa.Pool, "checkout", hurry)
+    try:
+        with closing(sqlite3.connect(store_url.removeprefix("sqlite:///"), isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            assert store_is_unavailable(api.call("POST", "/todos", token, data={"task": "x"}))
+            assert api.call("GET", "/todos/todo3", token).json == {"task": "profit!"}
+    finally:
+        sa.event.remove(sa.Pool, "checkout", hurry)
+    assert api.call("POST", "/todos", token, data={"task": "x"}).headers["Location"] == f"{PREFIX}/todos/todo4"
+
+
+@SQLITE
+def test_a_full_disk_is_503_until_there_is_room(api: Api, store_url: str) -> None:
+    token, path = api.user(), Path(store_url.removeprefix("sqlite:///"))
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    room = max(each.stat().st_size for each in path.parent.iterdir()) + 100_000
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, usual[1]))
+    try:
+        answers = [api.call("POST", "/todos", token, json={"task": "x" * 10_000}) for _ in range(30)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    acknowledged = [answer for answer in answers if answer.status_code == 201]
+    assert all(store_is_unavailable(answer) for answer in answers if answer not in acknowledged)
+    assert 0 < len(acknowledged) < 30
+    assert api.call("POST", "/todos", token, json={"task": "x"}).status_code == 201
+    assert len(api.call("GET", "/todos", token).json) == 3 + len(acknowledged) + 1
+
+
+@SQLITE
+def test_a_file_that_cannot_be_written_or_is_no_database_is_503(store_url: str, tmp_path: Path) -> None:
+    token = Api(service.open_store(store_url)).user()
+    (tmp_path / "text.db").write_text("no database " * 1000)
+    path = store_url.removeprefix("sqlite:///")
+    urls = [f"sqlite:///file:{path}?mode=ro&uri=true", f"sqlite:///{tmp_path}/text.db", f"sqlite:///{tmp_path}/no/x.db"]
+    for url in urls:
+        api = Api(service.open_store(url))
+        assert store_is_unavailable(api.call("POST", "/todos", token, data={"task": "x"})), url
+        assert store_is_unavailable(api.call("GET", "/health")) or "mode=ro" in url
+        api.store.close()
+
+
+def test_keys_that_a_database_could_not_keep_never_reach_it(api: Api) -> None:
+    token = api.user()
+    for id in ("\0", "a\0b", "x" * 65, "x" * 4000, "\xff", "\xed\xa0\x80"):  # as WSGI has it, in Latin-1
+        for method in ("GET", "PUT", "PATCH", "DELETE"):
+            environ = {"PATH_INFO": f"/todos/{id}"}
+            answer = api.call(method, "/todos", token, environ=environ, json={"task": "x"})
+            assert answer.status_code == (400 if method == "PUT" else 404), (method, id)
+    for name in ("a\0b", "x" * 4000, "\ud800"):
+        form = {"grant_type": "password", "username": name, "password": PASSWORD}
+        assert api.call("POST", "/token", json=form).status_code == 400
+
+
+@POSTGRES
+class TestAConflict:
+    """A view whose transaction conflicts with another is run again, a few times; then it is 503."""
+
+    @pytest.fixture(autouse=True)
+    def rejections(self, store: Any, store_url: str) -> Iterator[Callable[[int], None]]:
+        """A database that refuses the first so many writes of the key "conflict", as serialization failures."""
+
+        def reject(count: int) -> None:
+            trigger = f"""BEGIN IF NEW.key = 'conflict' AND nextval('attempts') <= {count} THEN
+                RAISE EXCEPTION 'again' USING ERRCODE = 'serialization_failure'; END IF; RETURN NEW; END"""
+            store_sql(
+                store_url, "CREATE SEQUENCE attempts",
+                f"CREATE FUNCTION conflict() RETURNS trigger LANGUAGE plpgsql AS $${trigger}$$",
+                "CREATE TRIGGER conflict BEFORE INSERT ON user_data FOR EACH ROW EXECUTE FUNCTION conflict()",
+            )  # fmt: skip
+
+        yield reject
+        store_sql(store_url, "DROP FUNCTION IF EXISTS conflict CASCADE", "DROP SEQUENCE IF EXISTS attempts")
+
+    def test_is_not_noticed_if_a_later_run_gets_through(
+        self, api: Api, store_url: str, rejections: Callable[[int], None]
+    ) -> None:
+        token = api.user()
+        rejections(4)
+        assert api.call("PUT", "/todos/conflict", token, data={"task": "x"}).status_code == 201
+        assert store_sql(store_url, "SELECT last_value FROM attempts") == [(5,)]
+        assert list(api.call("GET", "/todos", token).json) == ["todo1", "todo2", "todo3", "conflict"]
+
+    def test_that_does_not_end_is_503_before_long(
+        self, api: Api, store_url: str, rejections: Callable[[int], None]
+    ) -> None:
+        token = api.user()
+        rejections(1_000_000)
+        began = time.monotonic()
+        assert store_is_unavailable(api.call("PUT", "/todos/conflict", token, data={"task": "x"}))
+        assert time.monotonic() - began < 3
+        assert 3 <= store_sql(store_url, "SELECT last_value FROM attempts")[0][0] <= 20
+        assert list(api.call("GET", "/todos", token).json) == ["todo1", "todo2", "todo3"]
+
+    def test_leaves_an_upload_readable_for_the_next_run(
+        self, store: Any, clock: Clock, rejections: Callable[[int], None]
+    ) -> None:
+        def upload(request: Any) -> Any:
+            file = request.files["file"]
+            file.seek(0)
+            with request.service.store.write("alice") as data:
+                data["notes"]["conflict"] = {"text": file.read().decode()}
+                return data["notes"]["conflict"]
+
+        api = Api(store, clock, routes=[Rule("/upload", methods=["POST"], endpoint=upload)])
+        rejections(2)
+        assert api.call("POST", "/upload", data={"file": (io.BytesIO(b"text"), "f.txt")}).json == {"text": "text"}
+
+    def test_may_be_a_deadlock(self, store: Any, store_url: str, clock: Clock) -> None:
+        runs, answers = Counter[str](), list[int]()
+
+        def change_both(request: Any) -> Any:
+            runs["run"] += 1
+            with request.service.store.write("alice") as data:
+                data["todos"]["a"] = {"run": runs["run"]}
+                data["todos"]["b"] = {"run": runs["run"]}
+            return {}
+
+        store_put(store, "a", "b")
+        api = Api(store, clock, routes=[Rule("/both", methods=["POST"], endpoint=change_both)])
+        view = threading.Thread(target=lambda: answers.append(api.call("POST", "/both").status_code))
+        with psycopg.connect(store_url) as other:
+            other.execute("SET deadlock_timeout = '1min'")  # so that the view is who notices, after 1 s
+            other.execute("UPDATE user_data SET value = value WHERE key = 'b'")
+            view.start()
+            eventually(lambda: store_sql(store_url, "SELECT 1 FROM pg_locks WHERE NOT granted"))
+            other.execute("UPDATE user_data SET value = value WHERE key = 'a'")
+        view.join()
+        assert (answers, runs["run"]) == ([200], 2)
+        with store.read("alice") as data:
+            assert dict(data["todos"]) == {"a": {"run": 2}, "b": {"run": 2}}
+
+
+# Accounts by hand, and restarts
+
+
+def store_add_user(url: str, name: str, password: str = PASSWORD) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "service.py", "adduser", name], input=f"{password}\n", cwd=FOLDER, text=True, timeout=30,
+        env=clean_environ(SERVICE_STORE_URL=url, SERVICE_SECRET_KEY=SECRET, SERVICE_SIGNUP="closed"),
+        capture_output=True, check=False,
+    )  # fmt: skip
+
+
+@SQL
+def test_adduser_adds_an_account_where_sign_up_is_closed(store: Any, store_url: str, clock: Clock) -> None:
+    added = store_add_user(store_url, "alice", "pass phräse of alice")
+    assert (added.returncode, added.stderr) == (0, "")
+    api = Api(store, clock, signup="closed")
+    form = {"username": "bob", "password": PASSWORD}
+    assert api.call("POST", "/users", data=form).status_code == 403
+    token = api.log_in("alice", "pass phräse of alice")["access_token"]
+    assert api.call("GET", "/todos", token).json == service.TODOS
+
+
+@pytest.mark.parametrize(("name", "password", "why"), [
+    ("alice", PASSWORD, "alice is taken"), ("Bob", PASSWORD, "name cannot be"), ("", PASSWORD, "name cannot be"),
+    ("bob", "short", "password cannot be"), ("bob", "", "password cannot be"),
+    ("bobs-very-own-name", "bobs-very-own-name", "name itself"),
+])  # fmt: skip
+@SQLITE
+def test_adduser_says_in_one_line_what_cannot_be(
+    store: Any, store_url: str, name: str, password: str, why: str
+) -> None:
+    Api(store).sign_up("alice")
+    ended = store_add_user(store_url, name, password)
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (1, "", 1)
+    assert why in ended.stderr
+    assert password == "" or password == name or password not in ended.stderr
+    with store.read("bob") as data:
+        assert len(data["account"]) == 0
+
+
+def test_adduser_needs_a_store_that_outlives_it(tmp_path: Path) -> None:
+    ended = store_add_user("memory:", "alice")
+    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
+    assert "SERVICE_STORE_URL=sqlite:///" in ended.stderr
+    ended = store_add_user(f"sqlite:///{tmp_path}/no/such/folder.db", "alice")
+    assert ended.returncode == 1
+    assert "The store does not answer" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@SQL
+def test_a_restart_keeps_accounts_sessions_items_and_cursors(store: Any, store_url: str, clock: Clock) -> None:
+    before = Api(store, clock)
+    pair = before.log_in(before.sign_up())
+    token = pair["access_token"]
+    before.call("POST", "/todos", token, data={"task": "kept"})
+    before.call("DELETE", "/todos/todo2", token)
+    link = before.call("GET", "/todos?limit=1", token).headers["Link"]
+    store.close()
+
+    after = Api(service.open_store(store_url), clock)
+    assert list(after.call("GET", "/todos", token).json) == ["todo1", "todo3", "todo4"]
+    page = re.findall(f"<{PREFIX}(.*)>", link)[0]
+    assert list(after.call("GET", page, token).json) == ["todo3"]
+    renewed = after.refresh(pair["refresh_token"])
+    created = after.call("POST", "/todos", renewed.json["access_token"], data={"task": "x"})
+    assert created.headers["Location"] == f"{PREFIX}/todos/todo5"
+    assert before.refresh(pair["refresh_token"]).json["refresh_token"] == renewed.json["refresh_token"]
+    assert after.log_in()["refresh_token"] != renewed.json["refresh_token"]
+    store.close()
+    after.store.close()
+
+
+# Several workers
+
+
+def store_environ(url: str) -> dict[str, str]:
+    settings = {"STORE_URL": url, "SECRET_KEY": SECRET, "MAX_ITEMS": "9999999", "ACCESS_TTL": "86400"}
+    return {f"SERVICE_{name}": text for name, text in settings.items()}
+
+
+@pytest.fixture
+def store_workers(store_url: str) -> Iterator[Gunicorn]:
+    """Three gunicorn workers over an empty store."""
+    with Gunicorn("-w", "3", **store_environ(store_url)) as server:
+        eventually(lambda: len(server.workers) == 3)
+        yield server
+
+
+@contextmanager
+def store_clients(server: Gunicorn, count: int) -> Iterator[list[http.client.HTTPConnection]]:
+    """Connections that stay open."""
+    connections = [server.connect() for _ in range(count)]
+    try:
+        yield connections
+    finally:
+        for connection in connections:
+            connection.close()
+
+
+def store_volley(
+    connections: list[http.client.HTTPConnection], method: str, path: str, headers: Mapping[str, str], **form: str
+) -> list[Answer]:
+    """The answers to one request that goes out on all connections before any answer is read."""
+    for connection in connections:
+        connection.request(method, path, urlencode(form), {"Content-Type": FORM, **headers})
+    answers = [connection.getresponse() for connection in connections]
+    return [Answer(answer.status, answer.headers, answer.read()) for answer in answers]
+
+
+@SQL
+def test_32_clients_that_refresh_one_token_get_one_successor_that_works(store_workers: Gunicorn) -> None:
+    store_workers.log_in("alice")
+    form = {"grant_type": "password", "username": "alice", "password": PASSWORD}
+    token = store_workers.ask("POST", "/token", **form).json["refresh_token"]
+    with store_clients(store_workers, 32) as clients:
+        for _ in range(100):
+            answers = store_volley(clients, "POST", "/token", {}, grant_type="refresh_token", refresh_token=token)
+            assert {answer.status for answer in answers} == {200}
+            successors = {answer.json["refresh_token"] for answer in answers}
+            assert len(successors - {token}) == len(successors) == 1
+            (token,) = successors
+        bearers = [{"Authorization": f"Bearer {answer.json['access_token']}"} for answer in answers]
+        assert {store_volley(clients[:1], "GET", "/users/me", bearer)[0].status for bearer in bearers} == {200}
+
+
+@SQL
+def test_fifty_posts_at_once_to_several_workers_make_fifty_items(store_workers: Gunicorn) -> None:
+    bearer = {"Authorization": f"Bearer {store_workers.log_in('alice')}"}
+    with store_clients(store_workers, 50) as clients:
+        answers = store_volley(clients, "POST", "/todos", bearer, task="x")
+        assert {answer.status for answer in answers} == {201}
+        assert {answer.headers["Location"] for answer in answers} == {f"/todos/todo{n}" for n in range(4, 54)}
+        assert len(store_volley(clients[:1], "GET", "/todos", bearer)[0].json) == 53
+
+
+@SQL
+def test_of_32_writers_with_one_etag_at_several_workers_one_wins(store_workers: Gunicorn) -> None:
+    bearer = {"Authorization": f"Bearer {store_workers.log_in('alice')}"}
+    with store_clients(store_workers, 32) as clients:
+        for n in range(10):
+            tag = store_volley(clients[:1], "GET", "/todos/todo1", bearer)[0].headers["ETag"]
+            answers = store_volley(clients, "PUT", "/todos/todo1", {**bearer, "If-Match": tag}, task=f"round {n}")
+            assert Counter(answer.status for answer in answers) == {201: 1, 412: 31}
+
+
+# Violent ends
+
+
+class StoreWriters:
+    """Eight clients that create items and read them back as fast as they can, until the block ends.
+
+    A class, since it keeps count: of the statuses (0: no answer), and of what was acknowledged.
+    """
+
+    def __init__(self, server: Gunicorn, token: str) -> None:
+        self.server, self.headers = server, {"Content-Type": FORM, "Authorization": f"Bearer {token}"}
+        self.acknowledged: list[tuple[str, str]] = []
+        self.statuses, self.faults = Counter[int](), list[str]()
+        self._is_over = threading.Event()
+        self._threads = [threading.Thread(target=self._work) for _ in range(8)]
+
+    def __enter__(self) -> StoreWriters:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._is_over.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        connection = self.server.connect()
+        while not self._is_over.is_set():
+            task = os.urandom(12).hex()
+            created = self._ask(connection, "POST", "/todos", f"task={task}")
+            if created.status == 201:
+                location = created.headers["Location"]
+                self.acknowledged.append((location.removeprefix("/todos/"), task))
+                read = self._ask(connection, "GET", location)
+                if read.status not in (0, 503) and (read.status, read.json) != (200, {"task": task}):
+                    self.faults.append(f"{location} {task}: {read}")
+            else:
+                self._is_over.wait(0.01)
+        connection.close()
+
+    def _ask(self, connection: http.client.HTTPConnection, method: str, path: str, body: str = "") -> Answer:
+        try:
+            connection.request(method, path, body, self.headers)
+            got = connection.getresponse()
+            answer = Answer(got.status, got.headers, got.read())
+        except (OSError, http.client.HTTPException):
+            connection.close()
+            answer = Answer(0, http.client.HTTPMessage(), b"")
+        self.statuses[answer.status] += 1
+        return answer
+
+    def wait_for(self, count: int, *statuses: int) -> None:
+        """Until there have been so many more answers of these statuses."""
+        aim = count + sum(self.statuses[status] for status in statuses)
+        eventually(lambda: sum(self.statuses[status] for status in statuses) >= aim, 30)
+
+
+def store_check(server: Gunicorn, token: str, acknowledged: list[tuple[str, str]]) -> None:
+    """Everything acknowledged is there, and no id was given and nothing was kept twice."""
+    there = server.ask("GET", "/todos", token).json
+    assert [pair for pair in acknowledged if there.get(pair[0]) != {"task": pair[1]}] == []
+    ids, tasks = [id for id, _ in acknowledged], [item["task"] for item in there.values()]
+    assert (len(set(ids)), len(set(tasks))) == (len(ids), len(tasks))
+
+
+def store_killings(url: str, seconds: float) -> Counter[str]:
+    """Eight clients write while workers are killed, and at last all of gunicorn, again and again; what happened."""
+    happened, acknowledged, token, end = Counter[str](), list[tuple[str, str]](), "", time.monotonic() + seconds
+    while not happened or time.monotonic() < end:
+        with Gunicorn("-w", "3", **store_environ(url)) as server:
+            token = token or server.log_in("alice")
+            store_check(server, token, acknowledged)
+            with StoreWriters(server, token) as writers:
+                for _ in range(4):
+                    writers.wait_for(40, 201)
+                    os.kill(random.choice(server.workers), signal.SIGKILL)
+                writers.wait_for(40, 201)
+                server.process.kill()  # first the master, who would start others
+                for pid in server.workers:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                writers.wait_for(8, 0)
+            assert {*writers.statuses} <= {200, 201, 503, 0}
+            assert writers.faults == []
+            assert "Traceback" not in server.log
+        acknowledged += writers.acknowledged
+        happened += Counter({"workers killed": 4, "groups killed": 1, "requests cut off": writers.statuses[0],
+                             "answers 503": writers.statuses[503], "acknowledged": len(writers.acknowledged)})
+    with Gunicorn("-w", "1", **store_environ(url)) as server:
+        store_check(server, token, acknowledged)
+    return happened
+
+
+def store_outages(postgres: Postgres, seconds: float) -> Counter[str]:
+    """Eight clients write while PostgreSQL is stopped, or crashes, and is started, again and again; what happened."""
+    happened, end = Counter[str](), time.monotonic() + seconds
+    with Gunicorn("-w", "3", **store_environ(postgres.url)) as server:
+        token = server.log_in("alice")
+        with StoreWriters(server, token) as writers:
+            while not happened or time.monotonic() < end:
+                for how, name in (("INT", "stopped"), ("QUIT", "crashed")):
+                    writers.wait_for(100, 201)
+                    postgres.stop(how)
+                    writers.wait_for(30, 503)
+                    postgres.start()
+                    happened[name] += 1
+            writers.wait_for(100, 201)
+        assert {*writers.statuses} <= {200, 201, 503}
+        assert writers.faults == []
+        assert "Traceback" not in server.log
+        store_check(server, token, writers.acknowledged)
+    return happened + Counter({"answers 503": writers.statuses[503], "acknowledged": len(writers.acknowledged)})
+
+
+@SQL
+def test_nothing_acknowledged_is_lost_when_workers_and_all_of_gunicorn_are_killed(store_url: str) -> None:
+    assert store_killings(store_url, seconds=7)["groups killed"] >= 1
+
+
+def test_only_503_comes_while_postgres_is_down_and_all_recovers_when_it_is_up(postgres: Postgres) -> None:
+    store_sql(postgres.url, "DROP TABLE IF EXISTS user_data, schema_version")
+    happened = store_outages(postgres, seconds=5)
+    assert happened["stopped"] == happened["crashed"] >= 1
+
+
+# ---- Keys and guard -------------------------------------------------------------------------
+# One login opens many services: the keys that others verify with, and the middleware that they
+# mount. Issuers are real servers on loopback. Forgeries are made with hmac and base64 alone.
+
+EXAMPLES = FOLDER / "examples"
+GUARD_AUDIENCE = "https://shop.example"
+KEY_ALGORITHMS = {"Ed25519": "EdDSA", "P-256": "ES256", "RSA": "RS256"}
+KEY_MEMBERS = {"Ed25519": ["crv", "kty", "x"], "P-256": ["crv", "kty", "x", "y"], "RSA": ["e", "kty", "n"]}
+
+
+@cache
+def key_made(name: str) -> Any:
+    """The private key of this name: its kind, which #1, #2, … may follow."""
+    kind = name.partition("#")[0]
+    if kind.startswith("RSA"):
+        return rsa.generate_private_key(65_537, int(kind[4:] or 2048))
+    curves = {"P-256": ec.SECP256R1, "P-384": ec.SECP384R1, "secp256k1": ec.SECP256K1}
+    if kind in curves:
+        return ec.generate_private_key(curves[kind]())
+    if kind == "DSA":
+        return dsa.generate_private_key(2048)
+    return {"Ed25519": ed25519.Ed25519PrivateKey, "Ed448": ed448.Ed448PrivateKey}[kind].generate()
+
+
+def key_pem(key: Any, password: bytes | None = None, form: Any = pem.PrivateFormat.PKCS8) -> bytes:
+    lock = pem.BestAvailableEncryption(password) if password else pem.NoEncryption()
+    return bytes(key.private_bytes(pem.Encoding.PEM, form, lock))
+
+
+def key_public(key: Any, encoding: Any = pem.Encoding.PEM) -> bytes:
+    return bytes(key.public_key().public_bytes(encoding, pem.PublicFormat.SubjectPublicKeyInfo))
+
+
+def key_file(folder: Path, *names: str) -> str:
+    """The value of SERVICE_SIGNING_KEY_FILE for the keys of these names."""
+    for name in names:
+        (folder / f"{name}.pem").write_bytes(key_pem(key_made(name)))
+    return ",".join(f"{folder}/{name}.pem" for name in names)
+
+
+def key_b64(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def key_number(number: int, size: int | None = None) -> str:
+    return key_b64(number.to_bytes(size or (number.bit_length() + 7) // 8, "big"))
+
+
+def key_jwk(key: Any) -> dict[str, str]:
+    """The required public members, computed here from the numbers of the key (RFC 7518 §6, RFC 8037 §2)."""
+    public = key.public_key()
+    if isinstance(public, ed25519.Ed25519PublicKey):
+        return {"crv": "Ed25519", "kty": "OKP", "x": key_b64(public.public_bytes_raw())}
+    numbers = public.public_numbers()
+    if isinstance(public, ec.EllipticCurvePublicKey):
+        return {"crv": "P-256", "kty": "EC", "x": key_number(numbers.x, 32), "y": key_number(numbers.y, 32)}
+    return {"e": key_number(numbers.e), "kty": "RSA", "n": key_number(numbers.n)}
+
+
+def key_thumbprint(key: Any) -> str:
+    """RFC 7638 §3: SHA-256 of the required members in lexicographic order, without white space."""
+    members = ",".join(f'"{name}":"{text}"' for name, text in sorted(key_jwk(key).items()))
+    return key_b64(hashlib.sha256(f"{{{members}}}".encode()).digest())
+
+
+def key_parts(token: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The header and the claims of a token, unchecked."""
+    header, claims = (base64.urlsafe_b64decode(part + "==") for part in token.split(".")[:2])
+    return json.loads(header), json.loads(claims)
+
+
+def key_token(header: dict[str, Any], claims: dict[str, Any], sign: Callable[[bytes], bytes]) -> str:
+    text = ".".join(key_b64(json.dumps(part).encode()) for part in (header, claims))
+    return f"{text}.{key_b64(sign(text.encode()))}"
+
+
+def key_hs256(secret: bytes) -> Callable[[bytes], bytes]:
+    return lambda text: hmac.digest(secret, text, "sha256")
+
+
+@pytest.fixture(params=KEY_ALGORITHMS)
+def key_kind(request: pytest.FixtureRequest) -> str:
+    """Each kind of signing key in turn."""
+    return str(request.param)
+
+
+def key_api(clock: Clock, files: str = "", store: Any = None, **settings: Any) -> Api:
+    """A service that signs with the keys in these files."""
+    store = store or service.MemoryStore()
+    return Api(store, clock, **{"signing_key_file": files, "audience": f"{ISSUER},{GUARD_AUDIENCE}"} | settings)
+
+
+def key_jwks(api: Api) -> list[dict[str, str]]:
+    keys: list[dict[str, str]] = api.call("GET", "/.well-known/jwks.json").json["keys"]
+    return keys
+
+
+# Signing keys
+
+
+def test_a_signing_key_signs_access_tokens_with_the_algorithm_of_its_kind(
+    clock: Clock, tmp_path: Path, key_kind: str
+) -> None:
+    api = key_api(clock, key_file(tmp_path, key_kind))
+    token = api.user()
+    thumbprint = key_thumbprint(key_made(key_kind))
+    assert key_parts(token)[0] == {"alg": KEY_ALGORITHMS[key_kind], "typ": "at+jwt", "kid": thumbprint}
+    assert api.call("GET", "/users/me", token).json == {"username": "alice"}
+    message, _, signature = token.rpartition(".")
+    public = pem.load_pem_public_key(key_public(key_made(key_kind)))
+    ours: Any = {"audience": GUARD_AUDIENCE, "options": {"verify_iat": False}}  # the test's clock is ahead
+    claims = jwt.decode(token, public, [KEY_ALGORITHMS[key_kind]], **ours)
+    assert (claims["sub"], claims["iss"], claims["aud"]) == ("alice", ISSUER, [ISSUER, GUARD_AUDIENCE])
+    damaged = f"{message}.{signature[:20]}{'A' if signature[20] != 'A' else 'B'}{signature[21:]}"
+    assert api.call("GET", "/users/me", damaged).status_code == 401
+
+
+def test_the_key_of_rfc_8037_has_the_thumbprint_that_is_printed_there(clock: Clock, tmp_path: Path) -> None:
+    d = base64.urlsafe_b64decode("nWGxne_9WmC6hEr0kuwsxERJxWl7MmkZcDusAxyuf2A=")
+    (tmp_path / "rfc.pem").write_bytes(key_pem(ed25519.Ed25519PrivateKey.from_private_bytes(d)))
+    (jwk,) = key_jwks(key_api(clock, f"{tmp_path}/rfc.pem"))
+    assert jwk["kid"] == "kPrK_qmxVWaYVA9wwBF6Iuo3vVzz7TxHCTwXBygrS4k"
+    assert jwk["x"] == "11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"
+
+
+def test_the_key_set_has_public_members_only_and_may_be_kept_for_five_minutes(
+    clock: Clock, tmp_path: Path, key_kind: str
+) -> None:
+    answer = key_api(clock, key_file(tmp_path, key_kind)).call("GET", "/.well-known/jwks.json")
+    assert (answer.status_code, answer.mimetype) == (200, "application/json")
+    assert answer.headers["Cache-Control"] == "max-age=300"
+    key = key_made(key_kind)
+    more = {"kid": key_thumbprint(key), "use": "sig", "alg": KEY_ALGORITHMS[key_kind]}
+    assert answer.json == {"keys": [key_jwk(key) | more]}
+
+
+def test_without_a_signing_key_the_key_set_is_empty_and_the_secret_signs(clock: Clock) -> None:
+    api = key_api(clock)
+    assert api.call("GET", "/.well-known/jwks.json").json == {"keys": []}
+    assert key_parts(api.user())[0]["alg"] == "HS256"
+
+
+def test_several_keys_are_all_published_and_the_first_signs(clock: Clock, tmp_path: Path) -> None:
+    api = key_api(clock, key_file(tmp_path, "P-256", "RSA", "Ed25519"))
+    assert [jwk["alg"] for jwk in key_jwks(api)] == ["ES256", "RS256", "EdDSA"]
+    assert key_parts(api.user())[0]["alg"] == "ES256"
+
+
+def test_a_key_that_is_named_twice_is_one_key(clock: Clock, tmp_path: Path) -> None:
+    path = key_file(tmp_path, "Ed25519")
+    assert len(key_jwks(key_api(clock, f"{path}, {path} ,"))) == 1
+
+
+@pytest.mark.parametrize(("kind", "form"), [
+    ("P-256", pem.PrivateFormat.TraditionalOpenSSL), ("RSA", pem.PrivateFormat.TraditionalOpenSSL),
+    ("RSA-3072", pem.PrivateFormat.PKCS8),
+])  # fmt: skip
+def test_other_common_forms_of_a_good_key_are_read_too(clock: Clock, tmp_path: Path, kind: str, form: Any) -> None:
+    (tmp_path / "key.pem").write_bytes(b"A line of explanation\n" + key_pem(key_made(kind), form=form))
+    assert key_api(clock, f"{tmp_path}/key.pem").user()
+
+
+def test_refresh_tokens_stay_with_the_secret(clock: Clock, tmp_path: Path, key_kind: str) -> None:
+    api = key_api(clock, key_file(tmp_path, key_kind))
+    pair = api.log_in(api.sign_up())
+    header, claims = key_parts(pair["refresh_token"])
+    assert (header["alg"], header["typ"]) == ("HS256", "rt+jwt")
+    text, _, signature = pair["refresh_token"].rpartition(".")
+    assert signature == key_b64(hmac.digest(SECRET.encode(), text.encode(), "sha256"))
+
+    header |= {"alg": KEY_ALGORITHMS[key_kind], "kid": key_thumbprint(key_made(key_kind))}
+    forged = jwt.encode(claims, key_made(key_kind), header["alg"], header)
+    assert api.refresh(forged).json["error"] == "invalid_grant"
+    renewed = api.refresh(pair["refresh_token"]).json
+    assert key_parts(renewed["access_token"])[0]["alg"] == KEY_ALGORITHMS[key_kind]
+
+
+def test_with_a_first_signing_key_hs256_access_tokens_end_and_nobody_logs_in_again(
+    clock: Clock, tmp_path: Path
+) -> None:
+    before = key_api(clock)
+    pair = before.log_in(before.sign_up())
+    after = key_api(clock, key_file(tmp_path, "Ed25519"), before.store)
+    refused = after.call("GET", "/todos", pair["access_token"])
+    assert (refused.status_code, 'error="invalid_token"' in refused.headers["WWW-Authenticate"]) == (401, True)
+    renewed = after.refresh(pair["refresh_token"]).json
+    assert after.call("GET", "/todos", renewed["access_token"]).status_code == 200
+
+    back = key_api(clock, store=before.store)  # and the same the other way
+    assert back.call("GET", "/todos", renewed["access_token"]).status_code == 401
+    assert back.refresh(renewed["refresh_token"]).status_code == 200
+
+
+def test_a_logout_needs_no_particular_kind_of_key(clock: Clock, tmp_path: Path, key_kind: str) -> None:
+    api = key_api(clock, key_file(tmp_path, key_kind))
+    token = api.user()
+    clock.sleep(3600)
+    assert api.call("POST", "/revoke", data={"token": token}).status_code == 200
+    with api.store.read("alice") as data:
+        assert not data["sessions"]
+
+
+def test_pyjwts_client_verifies_live_tokens_with_nothing_but_the_url(tmp_path: Path, key_kind: str) -> None:
+    with Gunicorn(SERVICE_SIGNING_KEY_FILE=key_file(tmp_path, key_kind), SERVICE_AUDIENCE=GUARD_AUDIENCE) as server:
+        token = server.log_in("alice")
+        client = jwt.PyJWKClient(f"http://127.0.0.1:{server.port}/.well-known/jwks.json")
+        key = client.get_signing_key_from_jwt(token)
+        claims = jwt.decode(token, key, [KEY_ALGORITHMS[key_kind]], audience=GUARD_AUDIENCE,
+                            issuer="http://localhost:5000", options={"require": ["exp", "iat", "sub"]})  # fmt: skip
+        assert claims["sub"] == "alice"
+
+
+# Keys that stop the start
+
+
+def key_rsa_1024() -> bytes:
+    """openssl makes what cryptography still loads and does not like to make."""
+    made = subprocess.run(["openssl", "genrsa", "-traditional", "1024"], capture_output=True, check=True)
+    return made.stdout
+
+
+KEY_FAULTS: dict[str, Callable[[], bytes]] = {
+    "RSA of 1024 bits": key_rsa_1024,
+    "RSA of 2047 bits": lambda: key_pem(key_made("RSA-2047")),
+    "P-384": lambda: key_pem(key_made("P-384")),
+    "secp256k1": lambda: key_pem(key_made("secp256k1")),
+    "Ed448": lambda: key_pem(key_made("Ed448")),
+    "DSA": lambda: key_pem(key_made("DSA")),
+    "encrypted": lambda: key_pem(key_made("Ed25519"), b"a password"),
+    "encrypted in the old way": lambda: key_pem(key_made("RSA"), b"a password", pem.PrivateFormat.TraditionalOpenSSL),
+    "public": lambda: key_public(key_made("Ed25519")),
+    "DER": lambda: key_made("P-256").private_bytes(pem.Encoding.DER, pem.PrivateFormat.PKCS8, pem.NoEncryption()),
+    "OpenSSH": lambda: key_pem(key_made("Ed25519"), form=pem.PrivateFormat.OpenSSH),
+    "empty": lambda: b"",
+    "garbage": lambda: b"\xff\x00 garbage",
+    "cut off": lambda: key_pem(key_made("RSA"))[:500],
+    "hollow": lambda: b"-----BEGIN PRIVATE KEY-----\n-----END PRIVATE KEY-----\n",
+    "no base64": lambda: b"-----BEGIN PRIVATE KEY-----\n!!!!\n-----END PRIVATE KEY-----\n",
+}
+
+
+def key_refusal(files: str) -> str:
+    with pytest.raises(ValueError) as caught:
+        service.create_app(service.Settings(secret_key=SECRET, signing_key_file=files))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("fault", KEY_FAULTS)
+def test_a_key_that_cannot_do_stops_the_start_with_a_line_that_names_the_variable(tmp_path: Path, fault: str) -> None:
+    path = tmp_path / "key.pem"
+    path.write_bytes(KEY_FAULTS[fault]())
+    said = key_refusal(str(path))
+    assert said.startswith("SERVICE_SIGNING_KEY_FILE ")
+    assert (str(path) in said, "Ed25519, P-256 or RSA" in said, "\n" in said) == (True, True, False)
+    assert key_refusal(f"{key_file(tmp_path, 'Ed25519')},{path}") == said  # not only as the first
+
+
+@pytest.mark.parametrize("name", ["missing.pem", ".", "missing/key.pem", "x" * 300])
+def test_a_file_that_cannot_be_read_stops_the_start_too(tmp_path: Path, name: str) -> None:
+    said = key_refusal(str(tmp_path / name))
+    assert said.startswith("SERVICE_SIGNING_KEY_FILE ")
+    assert "\n" not in said
+
+
+def test_a_server_with_a_bad_key_does_not_start_and_says_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "key.pem"
+    path.write_bytes(KEY_FAULTS["P-384"]())
+    said = refused_start(SERVICE_SIGNING_KEY_FILE=str(path))
+    assert said.startswith("SERVICE_SIGNING_KEY_FILE ")
+    assert said.count("\n") == 1
+
+
+def test_check_config_tells_of_a_bad_key_before_hup_would_stumble_over_it(tmp_path: Path) -> None:
+    said = refused_start("--check-config", SERVICE_SIGNING_KEY_FILE=f"{tmp_path}/missing.pem")
+    assert said.startswith("SERVICE_SIGNING_KEY_FILE ")
+
+
+# genkey
+
+
+def key_genkey(folder: Path, *arguments: str, umask: int = 0) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, FOLDER / "service.py", "genkey", *arguments], cwd=folder, env=clean_environ(), umask=umask,
+        capture_output=True, text=True, timeout=10, check=False,
+    )  # fmt: skip
+
+
+def test_genkey_writes_a_new_ed25519_key_that_only_its_owner_can_read(clock: Clock, tmp_path: Path) -> None:
+    assert key_genkey(tmp_path).returncode == 0  # under a umask that would let everybody read it
+    path = tmp_path / "ed25519.pem"
+    assert path.stat().st_mode & 0o7777 == 0o600
+    assert isinstance(pem.load_pem_private_key(path.read_bytes(), None), ed25519.Ed25519PrivateKey)
+    assert key_parts(key_api(clock, str(path)).user())[0]["alg"] == "EdDSA"
+
+    assert key_genkey(tmp_path, "other.pem").returncode == 0
+    assert (tmp_path / "other.pem").read_bytes() != path.read_bytes()
+
+
+def test_genkey_overwrites_nothing(tmp_path: Path) -> None:
+    (tmp_path / "key.pem").write_text("precious")
+    (tmp_path / "link.pem").symlink_to("elsewhere.pem")
+    for name in ("key.pem", "link.pem", "missing/key.pem"):
+        ended = key_genkey(tmp_path, name)
+        assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
+        assert name in ended.stderr
+    assert (tmp_path / "key.pem").read_text() == "precious"
+    assert not (tmp_path / "elsewhere.pem").exists()
+
+
+# Rotation
+
+
+def test_keys_are_rotated_without_one_refused_request(clock: Clock, tmp_path: Path) -> None:
+    old, new = key_file(tmp_path, "Ed25519#1"), key_file(tmp_path, "Ed25519#2")
+    api = key_api(clock, old)
+    pair = api.log_in(api.sign_up())
+    signed_with = []
+    for files in (f"{old},{new}", f"{new},{old}", new):  # behind, to the front, alone
+        api = key_api(clock, files, api.store)
+        assert api.call("GET", "/todos", pair["access_token"]).status_code == 200
+        pair = api.refresh(pair["refresh_token"]).json  # as every client has done one access life later
+        assert api.call("GET", "/todos", pair["access_token"]).status_code == 200
+        signed_with.append(key_parts(pair["access_token"])[0]["kid"])
+    first, second = (key_thumbprint(key_made(f"Ed25519#{number}")) for number in (1, 2))
+    assert signed_with == [first, second, second]
+
+
+def test_keys_are_rotated_under_load_without_one_refused_request(tmp_path: Path) -> None:
+    """Environments do not change on HUP, so three names stay: what signs, what comes, what goes."""
+    old, new = (key_pem(key_made(f"Ed25519#{number}")) for number in (1, 2))
+    files = [tmp_path / name for name in ("signs.pem", "comes.pem", "goes.pem")]
+    for path in files:
+        path.write_bytes(old)
+    environ = sqlite_environ(tmp_path) | {"SERVICE_SIGNING_KEY_FILE": ",".join(map(str, files))}
+    done, passes, refused, kids = threading.Event(), [0] * 4, [], set()
+
+    def be_a_client(number: int) -> None:
+        name = f"client{number}"
+        assert server.ask("POST", "/users", username=name, password=PASSWORD).status == 201
+        answer = server.ask("POST", "/token", grant_type="password", username=name, password=PASSWORD)
+        while not done.is_set():
+            if answer.status != 200:
+                return refused.append(answer)
+            pair = answer.json
+            kids.add(key_parts(pair["access_token"])[0]["kid"])
+            for _ in range(5):
+                if (called := server.ask("GET", "/todos/todo1", pair["access_token"])).status != 200:
+                    return refused.append(called)
+            passes[number] += 1
+            answer = server.ask("POST", "/token", grant_type="refresh_token", refresh_token=pair["refresh_token"])
+        return None
+
+    def everybody_passes_twice() -> None:
+        before = [*passes]
+        eventually(lambda: refused or all(now >= then + 2 for now, then in zip(passes, before, strict=True)))
+
+    with Gunicorn("-w", "2", **environ) as server, ThreadPoolExecutor(4) as pool:
+        eventually(lambda: len(server.workers) == 2)
+        clients = [pool.submit(be_a_client, number) for number in range(4)]
+        try:
+            everybody_passes_twice()
+            for name, key in (("comes.pem", new), ("signs.pem", new), ("goes.pem", new)):
+                (tmp_path / "next").write_bytes(key)
+                (tmp_path / "next").replace(tmp_path / name)
+                workers = {*server.workers}
+                server.process.send_signal(signal.SIGHUP)
+                eventually(lambda workers=workers: not workers & {*server.workers} and len(server.workers) == 2)
+                everybody_passes_twice()  # so that all hold tokens of the key that signs now
+        finally:
+            done.set()
+        for client in clients:
+            client.result()
+        assert refused == []
+        assert kids == {key_thumbprint(key_made(f"Ed25519#{number}")) for number in (1, 2)}
+        assert [jwk["kid"] for jwk in server.ask("GET", "/.well-known/jwks.json").json["keys"]] == [
+            key_thumbprint(key_made("Ed25519#2"))
+        ]
+
+
+# Metadata
+
+
+def key_metadata(api: Api, prefix: str) -> dict[str, Any]:
+    environ = {"SCRIPT_NAME": prefix}
+    answer = api.call("GET", "/.well-known/oauth-authorization-server", environ=environ)
+    assert (answer.status_code, answer.mimetype) == (200, "application/json")
+    document: dict[str, Any] = answer.json
+    return document
+
+
+@pytest.mark.parametrize(("issuer", "prefix", "base"), [
+    ("https://todo.example", "", "https://todo.example"),
+    ("https://todo.example", "/api", "https://todo.example/api"),
+    ("https://todo.example/", "/api", "https://todo.example/api"),
+    ("https://todo.example/api", "/api", "https://todo.example/api"),
+    ("https://todo.example/api/", "/api", "https://todo.example/api"),
+    ("https://todo.example/my-api", "/api", "https://todo.example/my-api/api"),
+    ("https://todo.example/outer/api", "/api", "https://todo.example/outer/api"),
+])  # fmt: skip
+def test_the_metadata_states_what_the_defaults_would_get_wrong(
+    clock: Clock, issuer: str, prefix: str, base: str
+) -> None:
+    api = key_api(clock, issuer=issuer)
+    document = key_metadata(api, prefix)
+    assert {name: [*value] if isinstance(value, list) else value for name, value in document.items()} == {
+        "issuer": issuer,
+        "token_endpoint": f"{base}/token",
+        "revocation_endpoint": f"{base}/revoke",
+        "jwks_uri": f"{base}/.well-known/jwks.json",
+        "grant_types_supported": ["password", "refresh_token"],
+        "response_types_supported": [],
+        "token_endpoint_auth_methods_supported": ["none"],
+        "revocation_endpoint_auth_methods_supported": ["none"],
+    }
+    assert key_parts(api.user())[1]["iss"] == document["issuer"]
+
+
+def test_the_host_that_a_client_names_is_in_no_metadata(clock: Clock) -> None:
+    answer = key_api(clock).call("GET", "/.well-known/oauth-authorization-server", headers={"Host": "evil.example"})
+    assert "evil" not in answer.text
+
+
+def test_every_endpoint_of_the_metadata_answers(clock: Clock) -> None:
+    api = key_api(clock, issuer=f"{ISSUER}{PREFIX}")
+    document = key_metadata(api, PREFIX)
+    for name, url in document.items():
+        if name.endswith(("_endpoint", "_uri")):
+            assert api.call("OPTIONS", url.removeprefix(f"{ISSUER}{PREFIX}")).status_code == 204, name
+
+
+# Several audiences
+
+
+@pytest.mark.parametrize(("issued_for", "own", "status"), [
+    ("", ISSUER, 200),
+    (f"{ISSUER},{GUARD_AUDIENCE}", ISSUER, 200),
+    (f"{ISSUER},{GUARD_AUDIENCE}", GUARD_AUDIENCE, 200),
+    (f"{ISSUER},{GUARD_AUDIENCE}", f"https://new.example,{GUARD_AUDIENCE}", 200),
+    (ISSUER, GUARD_AUDIENCE, 401),
+    (GUARD_AUDIENCE, ISSUER, 401),
+    (f"{ISSUER},{GUARD_AUDIENCE}", "https://third.example", 401),
+    (f"{ISSUER},{GUARD_AUDIENCE}", "https://shop.example/", 401),
+    (f"{ISSUER},{GUARD_AUDIENCE}", "https://shop", 401),
+    (f"{ISSUER},{GUARD_AUDIENCE}", "HTTPS://SHOP.EXAMPLE", 401),
+])  # fmt: skip
+def test_each_service_accepts_tokens_that_name_its_own_audience_and_no_others(
+    clock: Clock, tmp_path: Path, issued_for: str, own: str, status: int
+) -> None:
+    for files in ("", key_file(tmp_path, "Ed25519")):
+        issuing = key_api(clock, files, audience=issued_for)
+        token = issuing.user()
+        there = key_api(clock, files, issuing.store, audience=own)
+        assert there.call("GET", "/todos", token).status_code == status
+    token = key_api(clock, audience=issued_for).user()
+    assert guard_call(guard_client(clock, secret=SECRET, audience=own), token).status_code == status
+
+
+# Guard
+
+
+class GuardIssuer:
+    """A real HTTP server on loopback that publishes a key set and counts how often it is asked."""
+
+    def __init__(self, answer: Callable[[], bytes]) -> None:
+        self.answer, self.fetches = answer, 0
+        issuer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                issuer.fetches += 1
+                self.wfile.write(issuer.answer())
+
+            def log_message(self, *ignored: object) -> None:
+                pass
+
+        self.handler, self.port = Handler, 0
+        self.start()
+
+    def start(self) -> None:
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", self.port), self.handler)
+        self.port = self.server.server_port
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
+        self.thread.start()
+
+    def stop(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/.well-known/jwks.json"
+
+
+def guard_http(body: bytes, status: str = "200 OK", *headers: str) -> bytes:
+    lines = [f"HTTP/1.0 {status}", f"Content-Length: {len(body)}", *headers]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def guard_keys(*jwks: Any) -> bytes:
+    return guard_http(json.dumps({"keys": jwks}).encode())
+
+
+@pytest.fixture
+def guard_api(clock: Clock, tmp_path: Path) -> Api:
+    """A service with a signing key, whose tokens are for another service as well."""
+    return key_api(clock, key_file(tmp_path, "Ed25519"))
+
+
+@pytest.fixture
+def guard_issuer(guard_api: Api) -> Iterator[GuardIssuer]:
+    """That service's key set on a server of its own."""
+    issuer = GuardIssuer(lambda: guard_http(guard_api.call("GET", "/.well-known/jwks.json").data))
+    yield issuer
+    issuer.stop()
+
+
+def guard_who(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+    """An app that says whom it sees."""
+    start_response("200 OK", [("Content-Type", "application/json")])
+    seen = [environ.get(name) for name in ("REMOTE_USER", "AUTH_TYPE", "HTTP_REMOTE_USER", "service.claims")]
+    return [json.dumps(seen).encode()] if environ["REQUEST_METHOD"] != "HEAD" else []
+
+
+def guard_client(clock: Clock, app: Any = guard_who, **options: Any) -> Client:
+    guarded = service.guard(app, **{"issuer": ISSUER, "audience": GUARD_AUDIENCE, "clock": clock} | options)
+    return Client(validator(guarded))
+
+
+def guard_call(client: Client, token: str | None = None, path: str = "/", method: str = "GET", **options: Any) -> Any:
+    headers = Headers(options.pop("headers", {}))
+    if token is not None:
+        headers["Authorization"] = f"Bearer {token}"
+    with client.open(path, method=method, headers=headers, buffered=True, **options) as answer:
+        return answer
+
+
+@pytest.fixture(params=["secret", "jwks_url"])
+def guarded(request: pytest.FixtureRequest, clock: Clock, tmp_path: Path) -> Iterator[tuple[Api, Client]]:
+    """A service, and an app behind a guard that verifies with the shared secret, or with the public keys."""
+    if request.param == "secret":
+        yield key_api(clock), guard_client(clock, secret=SECRET, open_paths=["/health"])
+    else:
+        api = request.getfixturevalue("guard_api")
+        url = request.getfixturevalue("guard_issuer").url
+        yield api, guard_client(clock, jwks_url=url, open_paths=["/health"])
+
+
+NOBODY = [None, None, None, None]
+
+
+def test_a_login_opens_the_guarded_app_which_sees_the_user_and_the_claims(guarded: tuple[Api, Client]) -> None:
+    api, client = guarded
+    token = api.user()
+    answer = guard_call(client, token)
+    assert (answer.status_code, answer.json) == (200, ["alice", "Bearer", None, key_parts(token)[1]])
+
+
+def test_whoever_sends_no_token_is_told_so_with_no_error_code(guarded: tuple[Api, Client]) -> None:
+    for headers in ({}, {"Authorization": "Basic YTpi"}, {"Authorization": "token x"}):
+        answer = guard_call(guarded[1], headers=headers)
+        assert (answer.status_code, answer.mimetype) == (401, "application/json")
+        assert re.fullmatch(r'Bearer realm="[^"]+"', answer.headers["WWW-Authenticate"])
+        assert [*answer.json] == ["message"]
+
+
+def test_whoever_sends_a_bad_token_is_told_that_it_is_invalid(guarded: tuple[Api, Client], clock: Clock) -> None:
+    api, client = guarded
+    pair = api.log_in(api.sign_up())
+    token = pair["access_token"]
+    bad = ["", "x", "a.b.c", "é", token[:-4], token + "=", f"{token} {token}", pair["refresh_token"], "x" * 5_000]
+    for text in bad:
+        answer = guard_call(client, text)
+        assert (answer.status_code, [*answer.json]) == (401, ["message"])
+        shape = r'Bearer realm="[^"]+", error="invalid_token", error_description="[^"\\]+"'
+        assert re.fullmatch(shape, answer.headers["WWW-Authenticate"]), text
+    assert guard_call(client, token).status_code == 200
+    clock.sleep(900)
+    assert 'error="invalid_token"' in guard_call(client, token).headers["WWW-Authenticate"]
+
+
+def test_a_refusal_of_head_has_no_body(guarded: tuple[Api, Client]) -> None:
+    answer = guard_call(guarded[1], method="HEAD")
+    assert (answer.status_code, answer.data) == (401, b"")
+
+
+def test_a_token_of_another_issuer_opens_nothing(clock: Clock, tmp_path: Path) -> None:
+    other = key_api(clock, issuer="https://other.example")
+    assert guard_call(guard_client(clock, secret=SECRET), other.user()).status_code == 401
+
+
+def test_a_token_counts_in_the_authorization_header_only(guarded: tuple[Api, Client]) -> None:
+    api, client = guarded
+    token = api.user()
+    assert guard_call(client, path=f"/?access_token={token}").status_code == 401
+    assert guard_call(client, method="POST", data={"access_token": token}).status_code == 401
+    assert guard_call(client, headers={"Cookie": f"access_token={token}"}).status_code == 401
+
+
+@pytest.mark.parametrize("preflight", [True, False])
+def test_nobody_can_say_himself_who_he_is(guarded: tuple[Api, Client], preflight: bool) -> None:
+    api, client = guarded
+    forged = {"REMOTE_USER": "root", "AUTH_TYPE": "Basic", "service.claims": {"sub": "root"}}
+    headers = {"Remote-User": "root", "Service.Claims": "root", "Auth-Type": "Basic"}
+    assert guard_call(client, headers=headers, environ_overrides=forged).status_code == 401
+    if preflight:
+        headers |= {"Origin": "https://app.example", "Access-Control-Request-Method": "PUT"}
+        answer = guard_call(client, method="OPTIONS", headers=headers, environ_overrides=forged)
+    else:
+        answer = guard_call(client, path="/health", headers=headers, environ_overrides=forged)
+    assert (answer.status_code, answer.json) == (200, NOBODY)
+    token = api.user()
+    answer = guard_call(client, token, headers=headers, environ_overrides=forged)
+    assert answer.json == ["alice", "Bearer", None, key_parts(token)[1]]
+    answer = guard_call(client, token, "/health", headers=headers, environ_overrides=forged)
+    assert answer.json == NOBODY  # an open path asks nobody who he is
+
+
+def test_what_an_app_does_to_the_claims_is_forgotten_with_its_request(clock: Clock) -> None:
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        environ["service.claims"]["sub"] += "!"
+        return guard_who(environ, start_response)
+
+    client, token = guard_client(clock, app, secret=SECRET), key_api(clock).user()
+    assert [guard_call(client, token).json[3]["sub"] for _ in range(2)] == ["alice!"] * 2
+
+
+def test_a_preflight_passes_and_nothing_that_is_only_like_one(guarded: tuple[Api, Client]) -> None:
+    client = guarded[1]
+    asks = {"Origin": "https://app.example", "Access-Control-Request-Method": "DELETE"}
+    assert guard_call(client, method="OPTIONS", headers=asks).status_code == 200
+    assert guard_call(client, method="OPTIONS", headers={"Origin": "https://app.example"}).status_code == 401
+    for method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "TRACE"):
+        assert guard_call(client, method=method, headers=asks).status_code == 401
+
+
+@pytest.mark.parametrize(("path", "status"), [
+    ("/health", 200), ("/health?x=1", 200), ("/%68ealth", 200),
+    ("/health/", 401), ("//health", 401), ("/healthz", 401), ("/Health", 401), ("/health/x", 401), ("/x/health", 401),
+    ("/health;x", 401), ("/health%00", 401), ("/health%2F", 401), ("/./health", 401), ("/health%20", 401), ("/", 401),
+])  # fmt: skip
+def test_only_the_very_paths_that_are_named_are_open(guarded: tuple[Api, Client], path: str, status: int) -> None:
+    environ = {"REQUEST_METHOD": "GET"} | ({"PATH_INFO": path} if path.startswith("//") else {})
+    assert guard_call(guarded[1], path=path, environ_overrides=environ).status_code == status
+
+
+def test_under_a_prefix_the_open_paths_are_those_below_it(guarded: tuple[Api, Client]) -> None:
+    mounted = {"SCRIPT_NAME": "/shop"}
+    assert guard_call(guarded[1], path="/health", environ_overrides=mounted).status_code == 200
+    assert guard_call(guarded[1], path="/", environ_overrides={"SCRIPT_NAME": "/health"}).status_code == 401
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"secret": SECRET, "jwks_url": "http://127.0.0.1/"}, {"secret": ""}, {"jwks_url": ""}, {"secret": "short"},
+    {"secret": SECRET, "issuer": "todo.example"}, {"secret": SECRET, "issuer": ""},
+    {"secret": SECRET, "audience": "two words"},
+])  # fmt: skip
+def test_a_guard_that_could_not_guard_is_not_made(clock: Clock, options: dict[str, str]) -> None:
+    with pytest.raises(ValueError):
+        guard_client(clock, **options)
+
+
+def test_open_paths_are_several_and_not_the_letters_of_one(clock: Clock) -> None:
+    with pytest.raises((ValueError, TypeError)):
+        guard_client(clock, secret=SECRET, open_paths="/health")
+
+
+def test_keys_are_fetched_over_http_only(clock: Clock, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_bytes(b'{"keys": []}')
+    with pytest.raises((ValueError, jwt.PyJWTError)):
+        guard_client(clock, jwks_url=f"file://{tmp_path}/keys")
+
+
+def test_a_list_of_secrets_rotates_in_a_guard_too(clock: Clock) -> None:
+    client = guard_client(clock, secret=f"{'new' * 20},{SECRET}")
+    assert guard_call(client, key_api(clock).user()).status_code == 200
+    assert guard_call(client, key_api(clock, secret_key="new" * 20).user()).status_code == 200
+    assert guard_call(client, key_api(clock, secret_key="else" * 20).user()).status_code == 401
+
+
+def test_a_logout_closes_the_service_at_once_and_the_others_within_one_access_life(
+    guarded: tuple[Api, Client], clock: Clock
+) -> None:
+    api, client = guarded
+    pair = api.log_in(api.sign_up())
+    clock.sleep(300)
+    token = api.refresh(pair["refresh_token"]).json["access_token"]
+    assert api.call("POST", "/revoke", data={"token": token}).status_code == 200
+    assert api.call("GET", "/todos", token).status_code == 401
+    clock.sleep(899)
+    assert guard_call(client, token).status_code == 200  # it knows keys, and no sessions
+    clock.sleep(1)
+    assert guard_call(client, token).status_code == 401
+
+
+# Keys from afar
+
+
+def test_keys_are_fetched_when_they_are_needed_and_kept_for_300_seconds(
+    guard_api: Api, guard_issuer: GuardIssuer, clock: Clock
+) -> None:
+    client = guard_client(clock, jwks_url=guard_issuer.url, open_paths=["/health"])
+    guard_call(client)
+    guard_call(client, path="/health")
+    guard_call(client, "junk")
+    assert guard_issuer.fetches == 0
+    for seconds, fetches in ((0, 1), (0, 1), (299, 1), (1, 2), (10, 2), (290, 3)):
+        clock.sleep(seconds)
+        assert guard_call(client, guard_api.user()).status_code == 200
+        assert guard_issuer.fetches == fetches
+
+
+def test_one_set_is_fetched_for_twenty_who_come_at_once(
+    guard_api: Api, guard_issuer: GuardIssuer, clock: Clock
+) -> None:
+    client, tokens = guard_client(clock, jwks_url=guard_issuer.url), [guard_api.user()]
+    tokens += [guard_api.log_in()["access_token"] for _ in range(19)]
+    assert {*together(20, lambda number: guard_call(client, tokens[number]).status_code)} == {200}
+    assert guard_issuer.fetches == 1
+
+
+def guard_unknown(token: str, number: int) -> str:
+    """A token that names a key that nobody has."""
+    header, claims = key_parts(token)
+    return key_token(header | {"kid": f"unknown{number}"}, claims, key_hs256(b""))
+
+
+def test_a_flood_of_unknown_kids_is_no_flood_of_fetches(
+    guard_api: Api, guard_issuer: GuardIssuer, clock: Clock
+) -> None:
+    client, token, numbers = guard_client(clock, jwks_url=guard_issuer.url), guard_api.user(), itertools.count()
+    assert guard_call(client, token).status_code == 200
+
+    def flood(thread: int) -> set[int]:
+        return {guard_call(client, guard_unknown(token, next(numbers))).status_code for _ in range(50)}
+
+    for _ in range(6):  # a minute of it
+        clock.sleep(10)
+        assert together(8, flood) == [{401}] * 8
+        assert guard_call(client, token).status_code == 200
+    assert 6 <= guard_issuer.fetches <= 7
+
+
+def test_a_flood_finds_no_more_fetches_when_the_issuer_is_away(
+    guard_api: Api, guard_issuer: GuardIssuer, clock: Clock
+) -> None:
+    client, token = guard_client(clock, jwks_url=guard_issuer.url), guard_api.user()
+    guard_issuer.answer = lambda: guard_http(b"", "500 Internal Server Error")
+    for second in range(30):
+        assert guard_call(client, guard_unknown(token, second)).status_code == 503
+        clock.sleep(1)
+    assert guard_issuer.fetches == 3
+
+
+def test_an_unreachable_issuer_is_503_until_it_is_back(guard_api: Api, guard_issuer: GuardIssuer, clock: Clock) -> None:
+    client, token = guard_client(clock, jwks_url=guard_issuer.url, open_paths=["/health"]), guard_api.user()
+    guard_issuer.stop()
+    answer = guard_call(client, token)
+    assert (answer.status_code, answer.mimetype, [*answer.json]) == (503, "application/json", ["message"])
+    assert "WWW-Authenticate" not in answer.headers
+    assert guard_call(client, path="/health").status_code == 200
+    assert guard_call(client).status_code == 401
+    guard_issuer.start()
+    clock.sleep(int(answer.headers["Retry-After"]))
+    assert guard_call(client, token).json[0] == "alice"
+
+
+def test_an_issuer_that_is_away_for_less_than_300_seconds_is_not_missed(
+    guard_api: Api, guard_issuer: GuardIssuer, clock: Clock
+) -> None:
+    client = guard_client(clock, jwks_url=guard_issuer.url)
+    assert guard_call(client, guard_api.user()).status_code == 200
+    guard_issuer.answer = lambda: guard_http(b"", "502 Bad Gateway")
+    clock.sleep(299)
+    fresh = guard_api.log_in()["access_token"]
+    assert guard_call(client, guard_unknown(fresh, 1)).status_code == 401  # which looks for that key in vain
+    assert guard_call(client, fresh).status_code == 200
+
+
+def test_a_guard_follows_a_rotation(clock: Clock, tmp_path: Path) -> None:
+    old, new = key_file(tmp_path, "P-256#1"), key_file(tmp_path, "Ed25519#2")
+    apis = [key_api(clock, old)]
+    issuer = GuardIssuer(lambda: guard_http(apis[-1].call("GET", "/.well-known/jwks.json").data))
+    try:
+        client = guard_client(clock, jwks_url=issuer.url)
+        pair = apis[-1].log_in(apis[-1].sign_up())
+        for files in (f"{old},{new}", f"{new},{old}", new):
+            apis.append(key_api(clock, files, apis[-1].store))
+            assert guard_call(client, pair["access_token"]).status_code == 200
+            pair = apis[-1].refresh(pair["refresh_token"]).json
+            assert guard_call(client, pair["access_token"]).status_code == 200
+            clock.sleep(300)
+    finally:
+        issuer.stop()
+
+
+def test_a_clock_that_is_set_back_does_not_keep_a_guard_from_looking_for_new_keys(
+    clock: Clock, guard_api: Api, guard_issuer: GuardIssuer, tmp_path: Path
+) -> None:
+    client = guard_client(clock, jwks_url=guard_issuer.url)
+    assert guard_call(client, guard_api.user()).status_code == 200
+    clock.sleep(-3600)
+    rotated = key_api(clock, key_file(tmp_path, "P-256"), guard_api.store)
+    guard_issuer.answer = lambda: guard_http(rotated.call("GET", "/.well-known/jwks.json").data)
+    assert guard_call(client, rotated.log_in()["access_token"]).status_code == 200
+
+
+def test_a_key_that_is_withdrawn_is_out_of_use_within_ten_minutes_whatever_it_signed(
+    clock: Clock, guard_api: Api, guard_issuer: GuardIssuer
+) -> None:
+    header, claims = key_parts(guard_api.user())
+    stolen = jwt.encode(claims | {"exp": int(clock()) + 10**8}, key_made("Ed25519"), "EdDSA", header)
+    client = guard_client(clock, jwks_url=guard_issuer.url)
+    assert guard_call(client, stolen).status_code == 200
+    guard_issuer.answer = lambda: guard_keys(key_jwk(key_made("P-256")) | {"kid": "other", "use": "sig"})
+    clock.sleep(600)
+    assert guard_call(client, stolen).status_code == 401
+
+
+GUARD_JUNK = {
+    "no HTTP": b"hello\r\n\r\n",
+    "nothing": b"",
+    "cut off": b'HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\n{"keys": [',
+    "bad chunks": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    "not found": guard_http(b'{"keys": []}', "404 Not Found"),
+    "login page": guard_http(b"<html>", "401 Unauthorized", "WWW-Authenticate: Negotiate"),
+    "no content": b"HTTP/1.0 204 No Content\r\n\r\n",
+    "html": guard_http(b"<!doctype html>"),
+    "not UTF-8": guard_http(b"\xff\xfe{}"),
+    "a list": guard_http(b"[]"),
+    "null": guard_http(b"null"),
+    "no keys": guard_http(b"{}"),
+    "empty": guard_http(b'{"keys": []}'),
+    "keys null": guard_http(b'{"keys": null}'),
+    "keys a number": guard_http(b'{"keys": 5}'),
+    "keys a dict": guard_http(b'{"keys": {"kty": "OKP"}}'),
+    "keys of text": guard_keys("x", 5, None, []),
+    "key without kty": guard_keys({"kid": "x", "x": "AA"}),
+    "key with a list for kty": guard_keys({"kty": [], "kid": "x"}),
+    "key with half a point": guard_keys({"kty": "EC", "crv": "P-256", "kid": "x", "x": "AA"}),
+}
+
+
+@pytest.mark.parametrize("junk", GUARD_JUNK)
+def test_a_key_set_that_is_none_is_503(guard_api: Api, guard_issuer: GuardIssuer, clock: Clock, junk: str) -> None:
+    guard_issuer.answer = lambda: GUARD_JUNK[junk]
+    answer = guard_call(guard_client(clock, jwks_url=guard_issuer.url), guard_api.user())
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "10")
+
+
+@pytest.mark.parametrize("junk", [
+    guard_http(b"[" * 200_000),
+    guard_keys({"kty": "OKP", "kid": "x", "alg": "none"}),
+    guard_keys({"kty": "OKP", "kid": "x", "alg": ["EdDSA"]}),
+], ids=["nested", "none", "list"])  # fmt: skip
+def test_a_key_set_that_breaks_its_reader_is_503_as_well(
+    guard_api: Api, guard_issuer: GuardIssuer, clock: Clock, junk: bytes
+) -> None:
+    guard_issuer.answer = lambda: junk
+    answer = guard_call(guard_client(clock, jwks_url=guard_issuer.url), guard_api.user())
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "10")
+
+
+@pytest.mark.parametrize("redirect", ["301 Moved Permanently", "302 Found", "307 Temporary Redirect"])
+def test_a_redirect_is_not_followed(guard_api: Api, guard_issuer: GuardIssuer, clock: Clock, redirect: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as trap:
+        there = f"Location: http://127.0.0.1:{trap.getsockname()[1]}/keys"
+        guard_issuer.answer = lambda: guard_http(b"", redirect, there)
+        assert guard_call(guard_client(clock, jwks_url=guard_issuer.url), guard_api.user()).status_code == 503
+        trap.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            trap.accept()
+
+
+def guard_signed(key: Any, algorithm: str, token: str, kid: str = "x") -> str:
+    return jwt.encode(key_parts(token)[1], key, algorithm, {"typ": "at+jwt", "kid": kid})
+
+
+def test_symmetric_and_weak_keys_in_a_key_set_verify_nothing(
+    guard_api: Api, guard_issuer: GuardIssuer, clock: Clock
+) -> None:
+    weak = pem.load_pem_private_key(key_rsa_1024(), None)
+    secret, curve = b"s" * 32, key_made("P-384")
+    point = curve.public_key().public_numbers()
+    p384 = {"kty": "EC", "crv": "P-384", "x": key_number(point.x, 48), "y": key_number(point.y, 48)}
+    guard_issuer.answer = lambda: guard_keys(
+        *({"kty": "oct", "k": key_b64(secret), "kid": kid} | more for kid, more in (
+            ("oct1", {}), ("oct2", {"alg": "HS256"}), ("oct3", {"alg": "EdDSA"}), ("oct4", {"alg": "RS256"}))),
+        key_jwk(weak) | {"kid": "weak"}, p384 | {"kid": "p384"}, p384 | {"kid": "p384x", "alg": "ES256"},
+    )  # fmt: skip
+    token = guard_api.user()
+    for kid in ("oct1", "oct2", "oct3", "oct4"):
+        client = guard_client(clock, jwks_url=guard_issuer.url)
+        assert guard_call(client, guard_signed(secret, "HS256", token, kid)).status_code == 401
+    client = guard_client(clock, jwks_url=guard_issuer.url)
+    with pytest.warns(jwt.InsecureKeyLengthWarning):
+        assert guard_call(client, guard_signed(weak, "RS256", token, "weak")).status_code == 401
+    for kid in ("p384", "p384x"):
+        assert guard_call(client, guard_signed(curve, "ES384", token, kid)).status_code == 401
+
+
+@pytest.mark.parametrize("more", [{"use": "enc"}, {"kid": None}, {"kid": ""}])
+def test_a_key_that_is_not_for_signatures_or_has_no_name_is_passed_over(
+    guard_api: Api, guard_issuer: GuardIssuer, clock: Clock, more: dict[str, Any]
+) -> None:
+    jwk, token = key_jwk(key_made("Ed25519")), guard_api.user()
+    other = key_jwk(key_made("P-256")) | {"kid": "other"}
+    guard_issuer.answer = lambda: guard_keys(jwk | {"kid": key_parts(token)[0]["kid"]} | more, other)
+    client = guard_client(clock, jwks_url=guard_issuer.url)
+    assert guard_call(client, token).status_code == 401
+    assert guard_call(client, guard_signed(key_made("Ed25519"), "EdDSA", token, "None")).status_code == 401
+
+
+@pytest.mark.parametrize("kind", [
+])  # fmt: skip
+def test_a_key_set_with_a_private_key_in_it_is_no_server_error(
+    guard_api: Api, guard_issuer: GuardIssuer, clock: Clock, kind: str
+) -> None:
+    key, algorithm = key_made(kind), KEY_ALGORITHMS[kind]
+    private = jwt.get_algorithm_by_name(algorithm).to_jwk(key, as_dict=True)
+    guard_issuer.answer = lambda: guard_keys(private | {"kid": "x", "key_ops": ["verify"]})
+    token = guard_signed(key, algorithm, guard_api.user())
+    answer = guard_call(guard_client(clock, jwks_url=guard_issuer.url), token)
+    assert answer.status_code in (200, 401, 503)
+
+
+# Algorithm confusion
+
+
+def key_forgeries(token: str, key: Any, url: str) -> Iterator[tuple[str, str]]:
+    """What a forger can make of a good token, the public key and a server of his own at the URL."""
+    header, claims = key_parts(token)
+    claims |= {"sub": "root"}
+    jwk = key_jwk(key) | {"kid": header["kid"], "use": "sig", "alg": header["alg"]}
+    x = jwk.get("x") or jwk["n"]
+    known = {
+        "PEM": key_public(key), "PEM without its last line break": key_public(key).strip(),
+        "DER": key_public(key, pem.Encoding.DER), "JWK": json.dumps(jwk).encode(),
+        "JWKS": (json.dumps({"keys": [jwk]}) + "\n").encode(),
+        "compact JWK": json.dumps(jwk, separators=(",", ":")).encode(),
+        "x or n": x.encode(), "bytes of x or n": base64.urlsafe_b64decode(x + "=="), "kid": header["kid"].encode(),
+        "nothing": b"",
+    }  # fmt: skip
+    for name, secret in known.items():
+        for algorithm in ("HS256", header["alg"]):
+            yield f"{algorithm} with {name}", key_token(header | {"alg": algorithm}, claims, key_hs256(secret))
+    for algorithm in ("none", "None", "", "HS512", "PS256"):
+        yield f"alg {algorithm!r}", key_token(header | {"alg": algorithm}, claims, lambda text: b"")
+    yield "no signature", key_token(header, claims, lambda text: b"")
+    yield "zeros", key_token(header, claims, lambda text: bytes(64))
+    yield "secret", key_token(header | {"alg": "HS256"}, claims, key_hs256(SECRET.encode()))
+
+    mine = key_made("Ed25519#forger")
+    own = key_jwk(mine)
+    certificate = base64.b64encode(key_public(mine, pem.Encoding.DER)).decode()
+    wishes: dict[str, Any] = {
+        "jwk": own, "jku": url, "x5u": url, "x5c": [certificate], "x5t": "AAAA", "x5t#S256": "AAAA", "crit": ["jku"],
+        "url": url, "nonce": "x", "cty": "JWT", "b64": True,
+    }  # fmt: skip
+    for kid in (header["kid"], key_thumbprint(mine), url, "../../../dev/null", ""):
+        base = {"alg": "EdDSA", "typ": "at+jwt", "kid": kid}
+        yield f"kid {kid}", key_token(base, claims, mine.sign)
+        for name, wish in wishes.items():
+            yield f"{name}, kid {kid}", key_token(base | {name: wish}, claims, mine.sign)
+    yield "jwk without kid", key_token({"alg": "EdDSA", "typ": "at+jwt", "jwk": own}, claims, mine.sign)
+
+
+@contextmanager
+def key_trap() -> Iterator[str]:
+    """The URL of a server that nobody may ask."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/jwks.json"
+        listener.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+
+
+def test_no_token_chooses_how_it_is_verified_or_sends_the_service_anywhere(
+    clock: Clock, tmp_path: Path, key_kind: str
+) -> None:
+    api = key_api(clock, key_file(tmp_path, key_kind))
+    token = api.user()
+    with key_trap() as url:
+        for name, forgery in key_forgeries(token, key_made(key_kind), url):
+            answer = api.call("GET", "/users/me", forgery)
+            assert answer.status_code == 401, name
+            assert 'error="invalid_token"' in answer.headers["WWW-Authenticate"]
+    assert api.call("GET", "/users/me", token).status_code == 200
+
+
+def test_no_token_sends_a_guard_anywhere_but_to_its_own_issuer(clock: Clock, tmp_path: Path, key_kind: str) -> None:
+    api = key_api(clock, key_file(tmp_path, key_kind))
+    issuer = GuardIssuer(lambda: guard_http(api.call("GET", "/.well-known/jwks.json").data))
+    try:
+        client, token = guard_client(clock, jwks_url=issuer.url), api.user()
+        with key_trap() as url:
+            for name, forgery in key_forgeries(token, key_made(key_kind), url):
+                assert guard_call(client, forgery).status_code == 401, name
+        assert guard_call(client, token).status_code == 200
+        assert issuer.fetches == 1
+    finally:
+        issuer.stop()
+
+
+def test_the_kid_of_another_key_does_not_help(clock: Clock, tmp_path: Path) -> None:
+    api = key_api(clock, key_file(tmp_path, "Ed25519", "P-256", "RSA"))
+    token = api.user()
+    claims = key_parts(token)[1]
+    for signing, named in itertools.product(KEY_ALGORITHMS, KEY_ALGORITHMS):
+        header = {"typ": "at+jwt", "kid": key_thumbprint(key_made(named))}
+        made = jwt.encode(claims, key_made(signing), KEY_ALGORITHMS[signing], header)
+        assert api.call("GET", "/users/me", made).status_code == (200 if signing == named else 401)
+
+
+def test_a_token_signed_with_the_shared_secret_does_not_open_what_wants_public_keys(
+    guard_api: Api, guard_issuer: GuardIssuer, clock: Clock
+) -> None:
+    client = guard_client(clock, jwks_url=guard_issuer.url)
+    assert guard_call(client, key_api(clock).user()).status_code == 401
+    assert guard_call(guard_client(clock, secret=SECRET), guard_api.user()).status_code == 401
+
+
+# Two services on two ports
+
+
+@contextmanager
+def guard_process(*command: str, path: str = "/health", **environ: str) -> Iterator[Gunicorn]:
+    """A program that serves on PORT, run as its reader would run it, and spoken to as to a Gunicorn."""
+    server = Gunicorn()
+    server.port = free_port()
+    environ |= {"PORT": str(server.port), "PYTHONPATH": str(FOLDER)}
+    with tempfile.TemporaryFile() as log, subprocess.Popen(
+        [sys.executable, *command], cwd=EXAMPLES, env=clean_environ(**environ),
+        stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+    ) as process:  # fmt: skip
+        try:
+            eventually(lambda: process.poll() is not None or server.ask("GET", path).status == 200)
+            assert process.poll() is None, os.pread(log.fileno(), 100_000, 0).decode()
+            yield server
+        finally:
+            process.terminate()
+
+
+def guard_gunicorn(files: str, **environ: str) -> Gunicorn:
+    """A gunicorn whose issuer is its own address, which must be known before it starts."""
+    port = free_port()
+    issuer = f"http://localhost:{port}"
+    return Gunicorn(
+        PORT=str(port), SERVICE_ISSUER=issuer, SERVICE_AUDIENCE=f"{issuer},{GUARD_AUDIENCE}",
+        SERVICE_SIGNING_KEY_FILE=files, **environ,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def guard_login(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gunicorn]:
+    """A gunicorn that issues tokens for itself and for one other service."""
+    with guard_gunicorn(key_file(tmp_path_factory.mktemp("keys"), "Ed25519")) as server:
+        yield server
+
+
+def guard_environ(server: Gunicorn) -> dict[str, str]:
+    """What an example must know of the service that logs in."""
+    return {"ISSUER": f"http://localhost:{server.port}", "AUDIENCE": GUARD_AUDIENCE}
+
+
+def test_a_login_at_one_gunicorn_opens_the_other_which_closes_an_access_life_after_the_logout(
+    tmp_path: Path,
+) -> None:
+    files = key_file(tmp_path, "P-256")
+    with guard_gunicorn(files, SERVICE_ACCESS_TTL="2") as todo, Gunicorn(
+        "-b", "127.0.0.1:0", "bare_guarded:app", folder=EXAMPLES, PYTHONPATH=str(FOLDER), **guard_environ(todo)
+    ) as shop:  # fmt: skip
+        assert shop.ask("GET", "/").status == 401
+        token = todo.log_in("alice")
+        assert shop.ask("GET", "/", token).json["user"] == "alice"
+
+        assert todo.curl("/revoke", "-d", f"token={token}").status == 200
+        assert todo.ask("GET", "/todos", token).status == 401
+        eventually(lambda: shop.ask("GET", "/", token).status == 401, seconds=5)
+        assert 0 <= time.time() - key_parts(token)[1]["exp"] < 1
+
+
+@pytest.mark.parametrize("example", ["flask", "django", "fastapi", "bare"])
+def test_every_kind_of_host_sees_who_logged_in_elsewhere(guard_login: Gunicorn, example: str) -> None:
+    with guard_process(f"{example}_guarded.py", **guard_environ(guard_login)) as host:
+        token = guard_login.log_in(f"a-{example}")
+        assert host.ask("GET", "/", token).json == {"user": f"a-{example}", "session": key_parts(token)[1]["sid"]}
+        assert host.ask("GET", "/health").json == {"status": "ok", "user": None}
+        refused = host.ask("GET", "/")
+        assert (refused.status, refused.headers["WWW-Authenticate"]) == (401, 'Bearer realm="service"')
+
+
+@pytest.mark.parametrize("command", [
+    ["flask_mount.py"], ["django_mount.py"],
+    ["-m", "gunicorn", "-k", "asgi", "fastapi_mount:app"],
+], ids=["flask", "django", "fastapi"])  # fmt: skip
+def test_the_service_lives_under_a_prefix_of_every_kind_of_host(command: list[str]) -> None:
+    with guard_process(*command, path="/api/health") as host:
+        assert b"/api" in host.ask("GET", "/").body
+        assert host.ask("POST", "/api/users", username="alice", password=PASSWORD).status == 201
+        pair = host.ask("POST", "/api/token", grant_type="password", username="alice", password=PASSWORD).json
+        created = host.ask("POST", "/api/todos", pair["access_token"], task="something new")
+        assert (created.status, created.headers["Location"]) == (201, "/api/todos/todo4")
+        assert host.ask("GET", "/api/todos/todo4", pair["access_token"]).json == {"task": "something new"}
+        assert host.ask("DELETE", "/api/todos/todo4", pair["access_token"]).status == 204
+        assert host.ask("GET", "/api/todos").headers["WWW-Authenticate"] == 'Bearer realm="service"'
+
+
+def test_every_example_is_short_and_says_how_it_is_run() -> None:
+    names = {path.name for path in EXAMPLES.glob("*.py")}
+    assert names == {"flask_mount.py", "django_mount.py", "fastapi_mount.py", "flask_guarded.py", "django_guarded.py",
+                     "fastapi_guarded.py", "bare_guarded.py"}  # fmt: skip
+    for path in EXAMPLES.glob("*.py"):
+        source = path.read_text()
+        assert source.count("\n") <= 40
+        what, command = (ast.get_docstring(ast.parse(source)) or "").split("\n")
+        assert what.endswith(".")
+        assert re.match(rf"Run it: .*(python examples/{path.name}|gunicorn .*{path.stem}:app)\b", command)
+
+
+# Clients that others wrote
+
+
+@pytest.fixture(scope="module")
+def guard_short() -> Iterator[Gunicorn]:
+    """A gunicorn whose access tokens live for two seconds, and its sessions for four."""
+    with Gunicorn(SERVICE_ACCESS_TTL="2", SERVICE_REFRESH_TTL="4") as server:
+        for name in ("authlib", "requests"):
+            server.ask("POST", "/users", username=name, password=PASSWORD)
+        yield server
+
+
+def authlib_session(url: str) -> tuple[Any, type[Exception]]:
+    session = AuthlibSession(token_endpoint=f"{url}/token", token_endpoint_auth_method="none", leeway=0)
+    session.fetch_token(username="authlib", password=PASSWORD)
+    return session, OAuthError
+
+
+def requests_session(url: str) -> tuple[Any, type[Exception]]:
+    session = RequestsSession(
+        client=LegacyApplicationClient(client_id="shop"), auto_refresh_url=f"{url}/token",
+        token_updater=lambda token: None,
+    )  # fmt: skip
+    session.fetch_token(f"{url}/token", username="requests", password=PASSWORD)
+    return session, InvalidGrantError
+
+
+@pytest.mark.parametrize("log_in", [authlib_session, requests_session])
+def test_a_known_client_refreshes_by_itself_and_sees_the_end_of_the_session(
+    guard_short: Gunicorn, monkeypatch: pytest.MonkeyPatch, log_in: Callable[[str], tuple[Any, type[Exception]]]
+) -> None:
+    monkeypatch.setenv("OAUTHLIB_INSECURE_TRANSPORT", "1")  # it insists on https
+    url = f"http://127.0.0.1:{guard_short.port}"
+    session, refused = log_in(url)
+    with session:
+        tokens, end = [session.token], time.time() + 4
+        assert session.get(f"{url}/todos/todo3").json() == {"task": "profit!"}
+        eventually(lambda: time.time() > session.token["expires_at"])
+        old = session.token["access_token"]
+        assert guard_short.ask("GET", "/todos", old).status == 401
+        assert session.post(f"{url}/todos", data={"task": "something new"}).status_code == 201
+        assert session.token["access_token"] != old
+        assert session.token["refresh_token"] != tokens[0]["refresh_token"]
+
+        eventually(lambda: time.time() > max(end, session.token["expires_at"]))
+        with pytest.raises(refused, match="invalid_grant"):
+            session.get(f"{url}/todos")
+
+
+# ---- OpenAPI, docs and CORS -----------------------------------------------------------------
+# What people and programs read: the description says what the service does, and does what it
+# says; the page works in a real browser; other origins get in where they are listed.
+
+OPENAPI_ITEM_ERRORS = "400 401 412 503"
+
+
+@pytest.fixture
+def openapi_api(clock: Clock) -> Api:
+    return Api(service.MemoryStore(), clock)
+
+
+def openapi_of(api: Api, **environ: str) -> dict[str, Any]:
+    """The description, which must be valid OpenAPI 3.1."""
+    answer = api.call("GET", "/openapi.json", environ=environ)
+    assert (answer.status_code, answer.content_type) == (200, "application/json")
+    validate(answer.json)
+    return dict(answer.json)
+
+
+def openapi_operations(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """{"GET /todos": operation, …}"""
+    return {
+        f"{method.upper()} {path}": operation
+        for path, methods in document["paths"].items() for method, operation in methods.items()
+    }  # fmt: skip
+
+
+def openapi_resolve(document: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema with all its references in place."""
+    if "$ref" in schema:
+        schema = document["components"]["schemas"][schema["$ref"].removeprefix("#/components/schemas/")]
+    return schema
+
+
+OPENAPI_CONTRACT = {  # every operation: its operationId, and every status that it can give
+    "GET /": ("read_index", "200 303 400"),
+    "GET /health": ("read_health", "200 400 503"),
+    "POST /users": ("create_user", "201 400 403 409 413 415 503"),
+    "GET /users/me": ("read_user", "200 400 401 503"),
+    "PATCH /users/me": ("change_password", "204 400 401 413 415 429 503"),
+    "DELETE /users/me": ("delete_user", "204 400 401 413 415 429 503"),
+    "POST /token": ("issue_token", "200 400 413 415 429 503"),
+    "POST /revoke": ("revoke_token", "200 400 413 415 503"),
+    "GET /todos": ("list_todos", "200 304 400 401 412 413 415 503"),
+    "POST /todos": ("create_todo", "201 400 401 403 413 415 503"),
+    "GET /todos/{id}": ("read_todo", "200 304 400 401 404 412 503"),
+    "PUT /todos/{id}": ("put_todo", "201 400 401 403 404 412 413 415 503"),
+    "PATCH /todos/{id}": ("update_todo", "200 400 401 404 412 413 415 503"),
+    "DELETE /todos/{id}": ("delete_todo", "204 400 401 404 412 503"),
+    "GET /.well-known/jwks.json": ("read_jwks", "200 400"),
+    "GET /.well-known/oauth-authorization-server": ("read_metadata", "200 400"),
+}
+
+
+def test_every_operation_is_described_with_every_status_that_it_can_give(openapi_api: Api) -> None:
+    operations = openapi_operations(openapi_of(openapi_api))
+    described = {name: (each["operationId"], " ".join(sorted(each["responses"]))) for name, each in operations.items()}
+    assert described == OPENAPI_CONTRACT
+
+
+def test_an_operation_is_summed_up_by_the_first_line_of_its_views_docstring(openapi_api: Api) -> None:
+    index = openapi_api.call("GET", "/").json
+    for name, operation in openapi_operations(openapi_of(openapi_api)).items():
+        path = name.replace(" ", f" {PREFIX}").replace("{", "<").replace("}", ">")
+        assert operation["summary"] == index[path].split("\n")[0] != ""
+
+
+OPENAPI_HEADERS = {  # what comes with a status, always unless in parentheses
+    "GET / 200": "Vary",
+    "GET / 303": "Location",
+    "POST /token 200": "Cache-Control",
+    "GET /.well-known/jwks.json 200": "Cache-Control",
+    "GET /todos 200": "ETag (Link)",
+    "GET /todos 304": "ETag",
+    "POST /todos 201": "ETag Location",
+    "GET /todos/{id} 200": "ETag",
+    "GET /todos/{id} 304": "ETag",
+    "PUT /todos/{id} 201": "ETag",
+    "PATCH /todos/{id} 200": "ETag",
+}
+OPENAPI_ERROR_HEADERS = {"401": "WWW-Authenticate", "429": "Retry-After", "503": "Retry-After"}
+
+
+def test_every_status_is_described_with_its_headers_and_its_schema(openapi_api: Api) -> None:
+    document = openapi_of(openapi_api)
+    found = {}
+    for name, operation in openapi_operations(document).items():
+        for status, answer in operation["responses"].items():
+            headers = answer.get("headers", {}).items()
+            found[f"{name} {status}"] = " ".join(
+                header if described["required"] else f"({header})" for header, described in headers
+            )
+            has_body = bool(answer.get("content"))
+            assert has_body == (status not in ("204", "303", "304") and f"{name} {status}" != "POST /revoke 200")
+            if has_body:
+                schema = openapi_resolve(document, answer["content"]["application/json"]["schema"])
+                is_oauth = "error" in schema["properties"] if "properties" in schema else False
+                assert is_oauth == (name in ("POST /token", "POST /revoke") and status >= "400")
+    expected = {name: OPENAPI_ERROR_HEADERS.get(name[-3:], "") for name in found} | OPENAPI_HEADERS
+    assert found == expected
+
+
+def test_what_is_sent_is_described_with_its_limits(openapi_api: Api) -> None:
+    operations = openapi_operations(openapi_of(openapi_api))
+
+    def body(name: str) -> Any:
+        content = operations[name]["requestBody"]["content"]
+        assert {JSON, FORM} <= set(content)
+        return content[JSON]["schema"]
+
+    task = body("POST /todos")["properties"]["task"]
+    assert (task["type"], task["minLength"], task["maxLength"]) == ("string", 1, 10_000)
+    assert (body("POST /todos")["required"], body("PATCH /todos/{id}")["required"]) == (["task"], [])
+    assert "application/merge-patch+json" in operations["PATCH /todos/{id}"]["requestBody"]["content"]
+    user = body("POST /users")["properties"]
+    assert (user["password"]["minLength"], user["password"]["maxLength"]) == (15, 1024)
+    assert re.search(user["username"]["pattern"], "alice.b@example-1")
+    assert not re.search(user["username"]["pattern"], "Alice")
+    grants = [grant["required"] for grant in body("POST /token")["oneOf"]]
+    assert grants == [["grant_type", "username", "password"], ["grant_type", "refresh_token"]]
+    parameters = {each["name"]: each for each in operations["GET /todos"]["parameters"]}
+    assert set(parameters) == {"limit", "after", "If-Match", "If-None-Match"}
+    limit = parameters["limit"]["schema"]
+    assert (limit["type"], limit["minimum"], limit["maximum"]) == ("integer", 1, 1000)
+    path = {each["name"]: each for each in operations["PUT /todos/{id}"]["parameters"]}["id"]
+    assert (path["in"], path["required"]) == ("path", True)
+    ids = ["x", "Grüße 世界", "x" * 64, "", "x" * 65, "a/b", "a\nb"]
+    assert [bool(re.search(path["schema"]["pattern"], id)) for id in ids] == [True] * 3 + [False] * 4
+
+
+def test_the_examples_are_valid_and_do_what_they_show(openapi_api: Api) -> None:
+    document = openapi_of(openapi_api)
+    operations = openapi_operations(document)
+    for operation in operations.values():
+        schemas = [each["schema"] for each in operation["parameters"] if each["in"] == "path"]
+        contents = [operation["requestBody"]] if "requestBody" in operation else operation["responses"].values()
+        for content in contents:
+            schemas += [openapi_resolve(document, each["schema"]) for each in content.get("content", {}).values()]
+        examples = [(schema, example) for schema in schemas for example in schema.get("examples", ())]
+        sent = operation.get("requestBody", {"content": {}})["content"].values()
+        examples += [(openapi_resolve(document, each["schema"]), each["example"]) for each in sent]
+        assert examples, operation["operationId"]
+        for schema, example in examples:
+            Draft202012Validator(schema).validate(example)
+
+    def send(name: str, token: str | None = None) -> TestResponse:
+        example = operations[name]["requestBody"]["content"][JSON]["example"]
+        return openapi_api.call(*name.replace("{id}", "todo1").split(), token, json=example)
+
+    assert send("POST /users").status_code == 201
+    pair = send("POST /token")
+    assert pair.status_code == 200
+    writes = {name: send(name, pair.json["access_token"]).status_code for name in OPENAPI_CONTRACT if "/todos" in name
+              and not name.startswith(("GET", "DELETE"))}  # fmt: skip
+    assert writes == {"POST /todos": 201, "PUT /todos/{id}": 201, "PATCH /todos/{id}": 200}
+
+
+def test_what_needs_a_bearer_says_so(openapi_api: Api) -> None:
+    document = openapi_of(openapi_api)
+    schemes = document["components"]["securitySchemes"]
+    assert {(each["type"], each.get("scheme")) for each in schemes.values()} == {("oauth2", None), ("http", "bearer")}
+    for name, operation in openapi_operations(document).items():
+        needed = [set(each) for each in operation["security"]]
+        answer = openapi_api.call(*name.replace("{id}", "todo1").split())
+        assert needed == ([{scheme} for scheme in schemes] if answer.status_code == 401 else []), name
+
+
+@pytest.mark.parametrize(("mount", "server_url"), [("", "/"), ("/api", "/api"), ("/a b", "/a%20b")])
+def test_the_description_knows_where_the_service_is_mounted(
+    openapi_api: Api, mount: str, server_url: str
+) -> None:
+    document = openapi_of(openapi_api, SCRIPT_NAME=mount)
+    (flow,) = [each["flows"]["password"] for each in document["components"]["securitySchemes"].values()
+               if each["type"] == "oauth2"]  # fmt: skip
+    assert document["servers"] == [{"url": server_url}]
+    assert flow["tokenUrl"] == server_url.rstrip("/") + "/token"
+
+
+OPENAPI_ARGUMENTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    # an argument of a resource, and what the description says of it beside its example
+    "text": ({}, {"type": "string"}),
+    "rank": ({"type": int}, {"type": "integer"}),
+    "price": ({"type": float}, {"type": "number"}),
+    "done": ({"type": bool}, {"type": "boolean"}),
+    "extra": ({"type": dict}, {"type": "object"}),
+    "stars": ({"type": int, "choices": range(1, 6)}, {"type": "integer", "minimum": 1, "maximum": 5}),
+    "colour": ({"choices": ("red", "green")}, {"type": "string", "enum": ["red", "green"]}),
+    "tags": ({"action": "append"}, {"type": "array", "items": {"type": "string"}}),
+    "parts": ({"action": "split", "type": int}, {"type": "array", "items": {"type": "integer"}}),
+    "note": ({"nullable": True}, {"anyOf": [{"type": "string"}, {"type": "null"}]}),
+    "mood": (
+        {"nullable": True, "choices": ("good", "bad")},
+        {"anyOf": [{"type": "string", "enum": ["good", "bad"]}, {"type": "null"}]},
+    ),
+    "code": (
+        {"type": service.Text(2, 8, "[a-z]+|[0-9]+")},
+        {"type": "string", "minLength": 2, "maxLength": 8, "pattern": "^(?:[a-z]+|[0-9]+)$"},
+    ),
+    "when": ({"type": lambda value: str(value).upper()}, {}),
+    "nick": ({"dest": "alias"}, {"type": "string"}),
+    "size": ({"type": int, "default": 7}, {"type": "integer"}),
+}
+
+
+@pytest.fixture
+def openapi_notes(clock: Clock) -> Api:
+    arguments = [service.Argument(name, **options) for name, (options, _) in OPENAPI_ARGUMENTS.items()]
+    title = service.Argument("title", required=True)
+    notes = service.Resource("notes", "note", [title, *arguments])
+    memos = service.Resource("memo-books", "note", [title])
+    return Api(service.MemoryStore(), clock, resources=[notes, memos])
+
+
+def test_a_registered_resource_describes_itself(openapi_notes: Api) -> None:
+    operations = openapi_operations(openapi_of(openapi_notes))
+    assert not [name for name in operations if "/todos" in name]
+    names = [operations[name]["operationId"] for name in ("GET /notes", "POST /notes", "PATCH /notes/{id}")]
+    assert names == ["list_notes", "create_note", "update_note"]
+    content = operations["POST /notes"]["requestBody"]["content"][JSON]
+    properties = {
+        name: {key: value for key, value in schema.items() if key != "examples"}
+        for name, schema in content["schema"]["properties"].items()
+    }
+    assert properties == {"title": {"type": "string"}} | {name: each for name, (_, each) in OPENAPI_ARGUMENTS.items()}
+    assert content["schema"]["required"] == ["title"]
+    Draft202012Validator(content["schema"]).validate(content["example"])
+
+
+def test_no_two_operations_share_a_name(openapi_notes: Api) -> None:
+    names = [each["operationId"] for each in openapi_operations(openapi_of(openapi_notes)).values()]
+    assert len(set(names)) == len(names)
+    assert [name for name in names if not re.fullmatch("[a-z][a-z0-9_]*", name)] == []
+
+
+@pytest.mark.parametrize("sent", [{}, {"note": None, "mood": "bad", "tags": ["a"], "parts": "1,2", "nick": "x"}])
+def test_items_are_what_their_schema_says_whatever_was_left_out(openapi_notes: Api, sent: dict[str, Any]) -> None:
+    token = openapi_notes.user()
+    document = openapi_of(openapi_notes)
+    operation = openapi_operations(document)["POST /notes"]
+    created = openapi_notes.call("POST", "/notes", token, json={"title": "T", **sent})
+    schema = openapi_resolve(document, operation["responses"]["201"]["content"][JSON]["schema"])
+    Draft202012Validator(schema).validate(created.json)
+    assert set(created.json) == set(schema["properties"])
+    example = operation["requestBody"]["content"][JSON]["example"]
+    assert openapi_notes.call("POST", "/notes", token, json=example).status_code == 201
+
+
+def openapi_shelf(request: Any, number: int, rest: str = "") -> Any:
+    """What stands on a shelf
+
+    More than the summary.
+    """
+    return {"number": number}
+
+
+def test_the_rules_of_an_embedder_describe_themselves(clock: Clock) -> None:
+    rules = [
+        Rule("/shelves/<int:number>", methods=["GET", "PUT"], endpoint=openapi_shelf),
+        Rule("/shelves/<int:number>/<path:rest>", methods=["GET"], endpoint=openapi_shelf),
+        Rule("/any", endpoint=lambda request: {}),
+        Rule("/odd", methods=["GET"], endpoint=openapi_shelf, defaults={"number": 1, "resource": "x"}),
+    ]
+    operations = openapi_operations(openapi_of(Api(service.MemoryStore(), clock, routes=rules)))
+    own = {name: each for name, each in operations.items() if name not in OPENAPI_CONTRACT}
+    assert set(own) == {
+        "GET /shelves/{number}", "PUT /shelves/{number}", "GET /shelves/{number}/{rest}", "GET /odd",
+        *(f"{method} /any" for method in ("GET", "POST", "PUT", "PATCH", "DELETE")),
+    }  # fmt: skip
+    first = own["GET /shelves/{number}"]
+    assert first["summary"] == "What stands on a shelf"
+    assert {each["operationId"][:13] for name, each in own.items() if "/any" not in name} == {"openapi_shelf"}
+    assert "openapi_shelf" in [each["operationId"] for each in own.values()]
+    assert [each["name"] for each in own["GET /shelves/{number}/{rest}"]["parameters"]] == ["number", "rest"]
+    assert own["GET /odd"]["parameters"] == []
+    assert len({each["operationId"] for each in own.values()}) == len(own)
+    assert {} in first["security"], "whether it asks for a bearer is its own affair"
+
+
+# Schemathesis
+
+SCHEMATHESIS = """
+[checks]  # beside the usual ones: an entity tag that is another one's, and a body that is too long
+positive_data_acceptance.expected-statuses = ["2xx", "3xx", 401, 403, 404, 409, 412, 429]
+negative_data_rejection.expected-statuses = [400, 401, 403, 404, 405, 409, 412, 413, 415, 429]
+
+[[operations]]  # a made-up password is well-formed, and wrong
+include-path = "/users/me"
+checks.positive_data_acceptance.expected-statuses = ["2xx", 400, 401, 429]
+"""
+
+
+def test_the_service_does_what_its_description_says(server: Gunicorn, tmp_path: Path) -> None:
+    """Schemathesis makes up some thousand requests, stateful ones too, and checks every answer with all it has.
+
+    No check is left out. POST /users signs up for real; the bearer's password is no example, so it stays logged in.
+    """
+    (tmp_path / "schemathesis.toml").write_text(SCHEMATHESIS)
+    password = {"username": "schemathesis", "password": "one that is no example"}
+    assert server.ask("POST", "/users", **password).status == 201
+    token = server.ask("POST", "/token", grant_type="password", **password).json["access_token"]
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "schemathesis.cli", "--config-file", "schemathesis.toml", "--no-color", "run",
+            f"http://127.0.0.1:{server.port}/openapi.json", "--header", f"Authorization: Bearer {token}",
+            "--checks", "all", "--phases", "examples,coverage,fuzzing,stateful", "--continue-on-failure",
+            "--max-examples", "10", "--generation-deterministic", "--workers", "2",
+        ],
+        cwd=tmp_path, env=clean_environ(), capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    report = "\n".join(line[:1_000] for line in done.stdout.splitlines())
+    assert done.returncode == 0, report + done.stderr
+    passed = {phase: re.search(rf"✅ +{phase}", report) for phase in ("Examples", "Coverage", "Fuzzing", "Stateful")}
+    assert [phase for phase in passed if not passed[phase]] == []
+    assert re.search(rf"Tested: +{len(OPENAPI_CONTRACT)}\n", report)
+    assert not (FOLDER / ".hypothesis").exists()
+    assert server.ask("GET", "/users/me", token).json == {"username": "schemathesis"}
+    assert "Traceback" not in server.log
+
+
+# The docs page
+
+
+def test_the_page_loads_nothing_inline_and_nothing_from_elsewhere(openapi_api: Api) -> None:
+    page = openapi_api.call("GET", "/docs")
+    assert (page.status_code, page.mimetype) == (200, "text/html")
+    policy = page.headers["Content-Security-Policy"]
+    assert "unsafe" not in policy
+    assert "frame-ancestors 'none'" in policy
+    assert not re.search("//|style=| on[a-z]+=|<style|<script>", page.text)
+    assets = re.findall('(?:src|href)="([^"]+)"', page.text)
+    assert len(assets) >= 3
+    for asset in assets:
+        answer = openapi_api.call("GET", f"/{asset}")
+        assert (answer.status_code, len(answer.data) > 0) == (200, True)
+        again = openapi_api.call("HEAD", f"/{asset}")
+        assert (again.status_code, again.data, again.mimetype) == (200, b"", answer.mimetype)
+    scripts = [openapi_api.call("GET", f"/{asset}").mimetype for asset in assets if asset.endswith(".js")]
+    assert set(scripts) == {"text/javascript"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "..", "../service.py", "%2e%2e", "%2e%2e%2fservice.py", "..%2f..%2f..%2f..%2f..%2fetc%2fpasswd", "..\\service.py",
+        "%2fetc%2fpasswd", "/etc/passwd", "swagger-ui.css%00", "swagger-ui.css/", "none.js", "", "%ff", "~", "CON",
+    ],
+)  # fmt: skip
+def test_no_path_under_docs_leads_out_of_the_folder(openapi_api: Api, path: str) -> None:
+    answer = openapi_api.call("GET", f"/docs/{path}")
+    assert (answer.status_code, answer.content_type, set(answer.json)) == (404, "application/json", {"message"})
+
+
+def test_without_the_docs_extra_the_page_is_404_and_says_what_to_install() -> None:
+    program = """if True:
+        import sys
+        sys.modules["flask_swagger_ui"] = None  # as if it were not installed
+        import service
+        from werkzeug.test import Client
+        client = Client(service.create_app(service.Settings()))
+        for path in ("/docs", "/docs/swagger-ui.css", "/openapi.json"):
+            answer = client.get(path)
+            print(answer.status_code, "todo-service[docs]" in answer.json.get("message", ""))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=FOLDER, env=clean_environ(), capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == ["404 True", "404 True", "200 False"]
+
+
+CHROMIUM, CHROMEDRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+needs_browser = pytest.mark.skipif(
+    not (CHROMIUM and CHROMEDRIVER), reason="no browser: apt-get install chromium chromium-driver"
+)
+
+
+class Browser:
+    """A headless Chromium that finds 127.0.0.1 and no other host, and notes what goes wrong."""
+
+    FLAGS = (
+        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+        "--disable-background-networking", "--disable-component-update", "--disable-default-apps",
+        "--disable-dev-shm-usage", "--window-size=1280,1600", "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
+    )  # fmt: skip
+
+    def __init__(self, profile: Path) -> None:
+        from selenium import webdriver
+        from selenium.webdriver.chrome.service import Service
+
+        options = webdriver.ChromeOptions()
+        options.binary_location = str(CHROMIUM)
+        for flag in (*self.FLAGS, f"--user-data-dir={profile}"):
+            options.add_argument(flag)
+        # Debian's Chromium would open a page of DuckDuckGo's at its start.
+        prefs = {"session.restore_on_startup": 4, "session.startup_urls": ["about:blank"]}
+        options.add_experimental_option("prefs", prefs)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+        self.driver = webdriver.Chrome(options=options, service=Service(CHROMEDRIVER))  # no download of another one
+        self.driver.set_script_timeout(30)
+
+    def open(self, url: str) -> None:
+        self.complaints(), self.hosts()  # those of the test before
+        self.driver.get(url)
+
+    def see(self, css: str, text: str = "") -> Any:
+        """The first element that is displayed and holds the text, as soon as there is one."""
+        from selenium.common.exceptions import StaleElementReferenceException
+        from selenium.webdriver.common.by import By
+
+        def find() -> Any:
+            with suppress(StaleElementReferenceException):
+                found = self.driver.find_elements(By.CSS_SELECTOR, css)
+                return next((each for each in found if each.is_displayed() and text in each.text), None)
+
+        return eventually(find)
+
+    def type(self, css: str, text: str) -> None:
+        from selenium.webdriver.common.keys import Keys
+
+        self.see(css).send_keys(Keys.CONTROL, "a")  # clear() would not reach React's state
+        self.see(css).send_keys(text)
+
+    def run(self, script: str, *arguments: Any) -> Any:
+        """What an async JavaScript function body returns, or the name of what it throws."""
+        wrapped = (
+            "const done = arguments[arguments.length - 1];"
+            f"(async (...given) => {{{script}}})(...arguments).then(done, error => done(error.name))"
+        )
+        return self.driver.execute_async_script(wrapped, *arguments)
+
+    def complaints(self) -> list[str]:
+        """What stands in the console since the last call: errors, violations of the policy."""
+        entries = self.driver.get_log("browser")
+        return [entry["message"] for entry in entries if entry["level"] in ("SEVERE", "WARNING")]
+
+    def hosts(self) -> set[str]:
+        """The hosts of all requests since the last call."""
+        messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
+        sent = [each["params"] for each in messages if each["method"] == "Network.requestWillBeSent"]
+        sockets = [each["params"]["url"] for each in messages if each["method"] == "Network.webSocketCreated"]
+        urls = [urlsplit(url) for url in [*(each["request"]["url"] for each in sent), *sockets]]
+        return {url.netloc for url in urls if url.scheme not in ("data", "blob", "about")}
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    running = Browser(tmp_path_factory.mktemp("browser"))
+    yield running
+    running.driver.quit()
+
+
+@pytest.fixture(scope="module", params=["", "/api"])
+def browser_target(request: pytest.FixtureRequest) -> Iterator[Gunicorn]:
+    """A service at the root, and one mounted under a prefix."""
+    with Gunicorn(SCRIPT_NAME=request.param) as running:
+        yield running
+
+
+@needs_browser
+def test_people_log_in_and_create_a_todo_on_the_page(browser: Browser, browser_target: Gunicorn) -> None:
+    prefix, origin = browser_target.prefix, f"127.0.0.1:{browser_target.port}"
+    assert browser_target.ask("POST", f"{prefix}/users", username="alice", password=PASSWORD).status == 201
+    browser.open(f"http://{origin}{prefix}/" if prefix else f"http://{origin}/")
+    assert browser.driver.current_url == f"http://{origin}{prefix}/docs", "GET / sends browsers there"
+    browser.see("#swagger-ui .info .title", "To-do service")
+    browser.see("#swagger-ui .version-stamp .version", "OAS 3.1")
+
+    browser.see("#swagger-ui .scheme-container button.btn.authorize").click()
+    form = "#swagger-ui .modal-ux .auth-container:has(#oauth_username)"
+    browser.type(f"{form} #oauth_username", "alice")
+    browser.type(f"{form} #oauth_password", PASSWORD)
+    browser.see(f"{form} .auth-btn-wrapper button.authorize").click()
+    browser.see("#swagger-ui .modal-ux .auth-container h6", "Authorized")
+    browser.see("#swagger-ui .modal-ux button.btn-done").click()
+
+    create = "#operations-todos-create_todo"
+    browser.see(f"{create} .opblock-summary-control").click()
+    browser.see(f"{create} button.try-out__btn").click()
+    browser.type(f"{create} textarea.body-param__text", '{"task": "buy milk"}')
+    browser.see(f"{create} button.execute").click()
+    browser.see(f"{create} .live-responses-table tr.response .response-col_status", "201")
+    browser.see(f"{create} .live-responses-table tr.response pre.microlight", "buy milk")
+
+    assert browser.complaints() == []
+    assert browser.hosts() == {origin}
+    token = browser_target.ask(
+        "POST", f"{prefix}/token", grant_type="password", username="alice", password=PASSWORD
+    ).json["access_token"]
+    assert browser_target.ask("GET", f"{prefix}/todos/todo4", token).json == {"task": "buy milk"}
+
+
+@needs_browser
+def test_an_operation_on_an_item_is_ready_to_run_as_the_page_fills_it_in(
+    browser: Browser, browser_target: Gunicorn
+) -> None:
+    """What is filled in names an item, and no precondition that would fail."""
+    origin = f"http://127.0.0.1:{browser_target.port}{browser_target.prefix}"
+    browser.open(f"{origin}/docs")
+    update = "#operations-todos-update_todo"
+    browser.see(f"{update} .opblock-summary-control").click()
+    browser.see(f"{update} button.try-out__btn").click()
+    filled = {
+        name: browser.see(f'{update} tr[data-param-name="{name}"] input').get_attribute("value")
+        for name in ("If-Match", "If-None-Match")
+    }
+    assert filled == {"If-Match": "", "If-None-Match": ""}
+    assert "task" in browser.see(f"{update} textarea.body-param__text").get_attribute("value")
+    assert browser.complaints() == []
+
+
+def test_the_index_is_json_for_curl(server: Gunicorn) -> None:
+    answer = server.curl("/")
+    assert (answer.status, answer.headers["Content-Type"]) == (200, JSON)
+    assert "GET /openapi.json" in answer.json
+
+
+# CORS
+
+CORS_APP, CORS_OTHER = "https://app.example", "https://shop.example:8443"
+CORS_ORIGINS = [  # setting, Origin of the request, Access-Control-Allow-Origin of the answer, Vary: Origin?
+    ("", None, None, False),
+    ("", CORS_APP, None, False),
+    ("*", CORS_APP, "*", False),
+    ("*", None, "*", False),
+    ("*", "null", "*", False),
+    (CORS_APP, CORS_APP, CORS_APP, True),
+    (CORS_APP, None, None, True),
+    (CORS_APP, "null", None, True),
+    (CORS_APP, "", None, True),
+    (CORS_APP, CORS_OTHER, None, True),
+    (CORS_APP, CORS_APP.upper(), None, True),
+    (CORS_APP, CORS_APP + ".evil.example", None, True),
+    (CORS_APP, CORS_APP + "/", None, True),
+    (CORS_APP, CORS_APP + ":443", None, True),
+    (CORS_APP, "http://app.example", None, True),
+    (CORS_APP, f"{CORS_APP}, {CORS_OTHER}", None, True),
+    (f"{CORS_APP}, {CORS_OTHER}", CORS_APP, CORS_APP, True),
+    (f"{CORS_APP}, {CORS_OTHER}", CORS_OTHER, CORS_OTHER, True),
+    (f"{CORS_APP}, {CORS_OTHER}", "https://shop.example", None, True),
+]
+CORS_EXCHANGES = [  # method, path, with a token?, status; what goes wrong must be readable for the page, too
+    ("GET", "/health", False, 200), ("GET", "/todos", True, 200), ("POST", "/todos", True, 201),
+    ("DELETE", "/todos/todo1", True, 204), ("GET", "/todos", False, 401), ("POST", "/token", False, 400),
+    ("GET", "/todos/todo9", True, 404), ("GET", "/nothing", False, 404), ("GET", "/todos/", False, 404),
+    ("POST", "/health", False, 405), ("GET", "/docs", False, 200), ("GET", "/docs/swagger-ui.css", False, 200),
+    ("OPTIONS", "/todos", False, 204),
+]  # fmt: skip
+
+
+def cors_words(answer: TestResponse, name: str) -> set[str]:
+    """The words of a list header, in lower case."""
+    return {word.strip().lower() for word in ",".join(answer.headers.getlist(name)).split(",") if word.strip()}
+
+
+@pytest.mark.parametrize(("setting", "origin", "allowed", "varies"), CORS_ORIGINS)
+def test_every_answer_tells_a_listed_origin_that_it_may_read_it(
+    clock: Clock, setting: str, origin: str | None, allowed: str | None, varies: bool
+) -> None:
+    api = Api(service.MemoryStore(), clock, cors_origins=setting)
+    token, headers = api.user(), {} if origin is None else {"Origin": origin}
+    for method, path, has_token, status in CORS_EXCHANGES:
+        body = {"json": {"task": "x"}} if method == "POST" else {}
+        answer = api.call(method, path, token if has_token else None, headers=headers, **body)
+        assert (method, path, answer.status_code) == (method, path, status)
+        assert answer.headers.getlist("Access-Control-Allow-Origin") == ([allowed] if allowed else [])
+        assert ("origin" in cors_words(answer, "Vary")) == varies
+        exposed = {"etag", "link", "location"} if allowed else set()
+        assert cors_words(answer, "Access-Control-Expose-Headers") == exposed
+        assert "Access-Control-Allow-Credentials" not in answer.headers
+
+
+CORS_PATHS = ["/users", "/users/me", "/token", "/revoke", "/todos", "/todos/todo1", "/todos/nothing", "/health"]
+
+
+@pytest.mark.parametrize("path", CORS_PATHS)
+@pytest.mark.parametrize("setting", ["*", CORS_APP])
+def test_a_preflight_is_204_for_anybody_and_names_every_method_and_header(
+    clock: Clock, setting: str, path: str
+) -> None:
+    api = Api(service.MemoryStore(), clock, cors_origins=setting)
+    asked = {"Access-Control-Request-Method": "PATCH", "Access-Control-Request-Headers": "authorization,if-match"}
+    answer = api.call("OPTIONS", path, headers={"Origin": CORS_APP, **asked})
+    assert (answer.status_code, answer.data) == (204, b"")
+    assert answer.headers["Access-Control-Allow-Origin"] == setting
+    assert cors_words(answer, "Access-Control-Allow-Methods") >= {"get", "head", "post", "put", "patch", "delete"}
+    assert cors_words(answer, "Access-Control-Allow-Headers") == {
+        "authorization", "content-type", "if-match", "if-none-match",
+    }  # fmt: skip
+    assert "Access-Control-Allow-Credentials" not in answer.headers
+    stranger = api.call("OPTIONS", path, headers={"Origin": CORS_OTHER, **asked})
+    assert (stranger.status_code, "Access-Control-Allow-Methods" in stranger.headers) == (204, setting == "*")
+
+
+def test_a_preflight_of_what_does_not_exist_is_404(clock: Clock) -> None:
+    api = Api(service.MemoryStore(), clock, cors_origins=CORS_APP)
+    asked = {"Origin": CORS_APP, "Access-Control-Request-Method": "GET"}
+    answer = api.call("OPTIONS", "/nothing", headers=asked)
+    assert (answer.status_code, answer.headers["Access-Control-Allow-Origin"]) == (404, CORS_APP)
+
+
+@pytest.mark.parametrize(("path", "before"), [("/", {"accept", "origin"}), ("/health", {"origin"})])
+def test_vary_names_all_that_an_answer_depends_on(clock: Clock, path: str, before: set[str]) -> None:
+    answer = Api(service.MemoryStore(), clock, cors_origins=CORS_APP).call("GET", path)
+    assert cors_words(answer, "Vary") == before
+
+
+class BrowserPage(BaseHTTPRequestHandler):
+    """An empty page, which the pages of other origins are in these tests."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        self.wfile.write(b'<!doctype html><link rel="icon" href="data:,"><title>another origin</title>')
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+
+@contextmanager
+def browser_origin() -> Iterator[str]:
+    """The origin of a page of its own."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), BrowserPage) as pages:
+        pages.daemon_threads = True
+        thread = threading.Thread(target=pages.serve_forever, args=(0.05,))
+        thread.start()
+        yield f"http://127.0.0.1:{pages.server_port}"
+        pages.shutdown()
+        thread.join()
+
+
+BROWSER_CLIENT = """
+const [api, username, password] = given
+const form = new URLSearchParams({grant_type: "password", username, password})
+const {access_token} = await (await fetch(api + "/token", {method: "POST", body: form})).json()
+const headers = {"Authorization": "Bearer " + access_token, "Content-Type": "application/json"}
+const created = await fetch(api + "/todos", {method: "POST", headers, body: JSON.stringify({task: "from afar"})})
+const url = api + created.headers.get("Location"), etag = created.headers.get("ETag")
+const body = JSON.stringify({task: "changed"})
+const changed = await fetch(url, {method: "PATCH", headers: {...headers, "If-Match": etag}, body})
+const stale = await fetch(url, {method: "PATCH", headers: {...headers, "If-Match": etag}, body})
+const page = await fetch(api + "/todos?limit=1", {headers})
+const missing = await fetch(api + "/todos/todo9", {headers})
+const refused = await fetch(api + "/todos")
+const statuses = [created, changed, stale, page, missing, refused].map(answer => answer.status)
+return [statuses, await changed.json(), await missing.json(), page.headers.get("Link")]
+"""
+
+
+@needs_browser
+def test_a_page_of_a_listed_origin_logs_in_and_works_and_one_of_another_cannot(browser: Browser) -> None:
+    with browser_origin() as listed, browser_origin() as other, Gunicorn(SERVICE_CORS_ORIGINS=listed) as server:
+        server.ask("POST", "/users", username="alice", password=PASSWORD)
+        arguments = [f"http://127.0.0.1:{server.port}", "alice", PASSWORD]
+        browser.open(listed)
+        statuses, changed, missing, link = browser.run(BROWSER_CLIENT, *arguments)
+        assert statuses == [201, 200, 412, 200, 404, 401]
+        assert (changed, missing) == ({"task": "changed"}, {"message": "Todo todo9 doesn't exist"})
+        assert 'rel="next"' in link
+        assert [line for line in browser.complaints() if "CORS" in line] == []
+
+        browser.open(other)
+        assert browser.run(BROWSER_CLIENT, *arguments) == "TypeError", "the browser keeps the answer from the page"
+        assert [line for line in browser.complaints() if "CORS" in line] != []
+        assert browser.run("return (await fetch(given[0] + '/todos', {method: 'PUT'})).status", *arguments) == "TypeError"
+
+
+# Conditional requests, what the table of items leaves open
+
+
+def openapi_list_etag(api: Api, token: str, path: str = "/todos") -> str:
+    return str(api.call("GET", path, token).headers["ETag"])
+
+
+def test_a_list_has_a_strong_etag_that_changes_with_what_it_shows(api: Api) -> None:
+    token = api.user()
+    seen = [openapi_list_etag(api, token)]
+    assert re.fullmatch('"[!#-~]+"', seen[0])
+    for method, path, body in [
+        ("POST", "/todos", {"task": "x"}), ("PATCH", "/todos/todo1", {"task": "y"}), ("DELETE", "/todos/todo2", {}),
+        ("PUT", "/todos/todo2", {"task": "?????"}),
+    ]:  # fmt: skip
+        assert api.call(method, path, token, json=body).status_code < 300
+        seen.append(openapi_list_etag(api, token))
+        assert openapi_list_etag(api, token) == seen[-1]
+    assert len(set(seen)) == len(seen)
+    assert openapi_list_etag(api, token, "/todos?limit=1") != seen[-1]
+
+
+OPENAPI_READ_CONDITIONS = {  # header: {value: status}; E stands for the ETag, and what is malformed is never ignored
+    "If-None-Match": {
+        "E": {304}, "W/E": {304}, "*": {304}, '"other", E': {304}, '"other"': {200}, 'W/"other"': {200},
+        "other": {400}, '"': {400}, "": {400}, "*, E": {400}, "E*": {400}, "E; x": {400},
+    },
+    "If-Match": {
+        "E": {200}, "*": {200}, '"other", E': {200}, "W/E": {412}, '"other"': {412}, "other": {400, 412},
+        '"': {400, 412}, "": {400, 412}, "E, *": {400, 412}, "w/E": {400, 412},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ["/todos", "/todos?limit=2", "/todos/todo1"])
+@pytest.mark.parametrize("header", OPENAPI_READ_CONDITIONS)
+def test_lists_and_items_are_read_under_conditions(api: Api, path: str, header: str) -> None:
+    token = api.user()
+    etag = openapi_list_etag(api, token, path)
+    for method in ("GET", "HEAD"):
+        for value, statuses in OPENAPI_READ_CONDITIONS[header].items():
+            answer = api.call(method, path, token, headers={header: value.replace("E", etag)})
+            assert answer.status_code in statuses, (method, value)
+            if answer.status_code in (200, 304):
+                assert answer.headers["ETag"] == etag
+                assert (answer.data == b"") == (answer.status_code == 304 or method == "HEAD")
+
+
+def test_an_empty_list_is_there_and_can_be_named(api: Api) -> None:
+    token = api.user()
+    for id in ("todo1", "todo2", "todo3"):
+        api.call("DELETE", f"/todos/{id}", token)
+    assert api.call("GET", "/todos", token, headers={"If-None-Match": "*"}).status_code == 304
+    assert api.call("GET", "/todos", token, headers={"If-Match": "*"}).status_code == 200
+
+
+def test_in_each_of_twenty_rounds_one_of_sixteen_writers_wins(api: Api) -> None:
+    token = api.user()
+    etag = api.call("GET", "/todos/todo1", token).headers["ETag"]
+    for turn in range(20):
+
+        def write(number: int, etag: str = etag, turn: int = turn) -> TestResponse:
+            body = {"task": f"round {turn}, writer {number}"}
+            return api.call("PATCH", "/todos/todo1", token, headers={"If-Match": etag}, json=body)
+
+        answers = together(16, write)
+        assert sorted(answer.status_code for answer in answers) == [200] + [412] * 15
+        (winner,) = [answer for answer in answers if answer.status_code == 200]
+        assert winner.json == api.call("GET", "/todos/todo1", token).json
+        etag = winner.headers["ETag"]
+
+
+# ---- README ---------------------------------------------------------------------------------
+# What the README says is true: its commands run as printed, its tables are those of the service.
+
+README = (FOLDER / "README.md").read_text()
+README_FIRST, README_SECOND = re.findall(r"(?ms)^```sh\n(.*?)\n```$", README)[:2]
+
+
+def readme_blocks(language: str) -> list[str]:
+    """The README's examples in one language."""
+    return re.findall(rf"(?ms)^```{language}\n(.*?)^```$", README)
+
+
+def readme_table(heading: str) -> list[list[str]]:
+    """The rows of the first table under a heading, without their ticks."""
+    section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    table = next(part for part in section.split("\n\n") if part.strip().startswith("|")).strip().split("\n|")[2:]
+    rows = [[cell.strip() for cell in line.strip()[:-1].split("|")] for line in table]
+    return [[re.sub(r"^`(.*)`$", r"\1", cell) for cell in row] for row in rows]
+
+
+def masked(text: str) -> str:
+    """A session without what is new each time: tokens, shortened in the README, and the date."""
+    text = re.sub(r"eyJhbGci[\w.…-]*", "TOKEN", text.replace("\r\n", "\n"))
+    return re.sub(r"(?m)^Date: .*$", "Date", text)
+
+
+def test_the_readme_has_no_gap_and_names_files_and_extras_that_exist() -> None:
+    assert "<!--" not in README
+    files = re.findall(r"`((?:\.ci|bench|examples)/[\w.]*|\w+(?:\.conf)?\.(?:py|toml|md))`", README)
+    assert {"service.py", "test_service.py", "bench/peers.py", ".ci/run", "examples/"} <= {*files}
+    assert [name for name in files if not (FOLDER / name).exists()] == []
+    extras = tomllib.loads((FOLDER / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = re.findall(r"`(\w+)` extra|extra `(\w+)`|'\.\[(\w+)\]'", README)
+    assert {name for names in named for name in names if name} <= {*extras}
+
+
+def test_the_curl_session_goes_as_printed(tmp_path: Path) -> None:
+    (session,) = readme_blocks("console")
+    steps = [step.partition("\n") for step in re.split(r"(?m)^\$ ", session)[1:]]
+    with Gunicorn() as server:
+        script = "\nprintf '\\0'\n".join(command for command, _, _ in steps)
+        done = subprocess.run(
+            ["bash", "-eu", "-c", script.replace("localhost:5000", f"127.0.0.1:{server.port}")],
+            env=clean_environ(HOME=str(tmp_path), CURL_HOME=str(tmp_path), NO_PROXY="*"),
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=True,
+        )  # fmt: skip
+    printed = [(command, masked(output)) for command, _, output in steps]
+    real = [(command, masked(output)) for (command, _, _), output in zip(steps, done.stdout.split("\0"), strict=True)]
+    assert real == printed
+    assert len(printed) > 10
+
+
+def test_the_first_command_sets_everything_up_and_runs_the_service(tmp_path: Path) -> None:
+    unwanted = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "*.db*")
+    folder = shutil.copytree(FOLDER, tmp_path / "todo", ignore=unwanted)
+    with tempfile.TemporaryFile() as log, subprocess.Popen(
+        ["bash", "-c", README_FIRST], cwd=folder, env=clean_environ(PORT="0"), stdin=subprocess.DEVNULL,
+        stdout=log, stderr=log, start_new_session=True,
+    ) as process:  # fmt: skip
+
+        def text() -> str:
+            return os.pread(log.fileno(), 1_000_000, 0).decode()
+
+        try:
+            eventually(lambda: "Listening at" in text() or process.poll() is not None, seconds=300)
+            assert process.poll() is None, text()
+            server = Gunicorn()
+            server.port = int(re.findall(r"Listening at: http://127\.0\.0\.1:(\d+)", text())[0])
+            server.wait_until_healthy()
+            assert server.ask("GET", "/todos/todo3", server.log_in("alice")).json == {"task": "profit!"}
+            without_extra = server.ask("GET", "/docs")
+            assert (without_extra.status, "[docs]" in without_extra.json["message"]) == (404, True)
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+
+
+def test_the_second_command_is_what_ci_runs() -> None:
+    assert README_SECOND.endswith("/pytest")
+    assert README_SECOND in (FOLDER / ".ci/run").read_text().splitlines()
+    assert os.access(FOLDER / ".ci/run", os.X_OK)
+    subprocess.run(["bash", "-n", FOLDER / ".ci/run"], check=True)
+
+
+def test_the_endpoints_are_those_of_the_readme_and_answer_as_it_says(clock: Clock) -> None:
+    api, rows = Api(service.MemoryStore(), clock), readme_table("Endpoints")
+    routes = {route.replace(PREFIX, "", 1) for route in api.call("GET", "/").json}
+    assert {request for request, _, _ in rows} == routes - {"GET /docs/<file>"}
+    document = api.call("GET", "/openapi.json").json["paths"]
+    for number, (request, sends, answers) in enumerate(rows):
+        method, path = request.split()
+        pair = api.log_in(api.sign_up(f"user{number}"))
+        values = {"username": f"new{number}", "password": PASSWORD, "new_password": "battery horse correct",
+                  "refresh_token": pair["refresh_token"], "token": pair["access_token"], "task": "x"}  # fmt: skip
+        if sends == "grant_type=password, username, password":
+            values["username"] = f"user{number}"
+        form = {}
+        for part in sends.split(", ") if sends and not sends.startswith("?") else []:
+            name, _, value = part.split()[0].partition("=")
+            form[name] = value or values[name]
+        options: dict[str, Any] = {"json": form} if form else {}
+        statuses = re.findall(r"\b[2-5]\d\d\b", answers)
+        described = document.get(re.sub("<(.*?)>", r"{\1}", path), {}).get(method.lower())
+        assert described is None or {*statuses} <= described["responses"].keys(), request
+
+        token = pair["access_token"]
+        if path.startswith(("/todos", "/users/me")):
+            assert api.call(method, path, **options).status_code == 401
+        for status, tag in (("412", {"If-Match": '"other"'}), ("304", {"If-None-Match": "*"})):
+            if status in statuses:
+                answer = api.call(method, path.replace("<id>", "todo3"), token, headers=tag, **options)
+                assert (request, str(answer.status_code)) == (request, status)
+        if "404" in statuses and "<id>" in path:
+            assert api.call(method, path.replace("<id>", "todo9"), token, **options).status_code == 404
+        answer = api.call(method, path.replace("<id>", "todo3"), token, **options)
+        assert (request, str(answer.status_code)) == (request, statuses[0])
+
+
+def test_the_settings_are_those_of_the_readme_with_their_defaults() -> None:
+    fields = service.Settings.__dataclass_fields__.values()
+    defaults = {f"SERVICE_{each.name.upper()}": str(each.default) for each in fields}
+    assert {name: default for name, default, _ in readme_table("Settings")} == defaults
+
+
+def test_the_rooms_are_those_of_the_readme_in_their_order() -> None:
+    rooms = re.findall(r"(?m)^# ---- (.+?) -+$", (FOLDER / "service.py").read_text())
+    assert [room for room, _ in readme_table("How to read service.py")] == rooms
+
+
+def test_the_picture_shows_the_default_lives() -> None:
+    settings, picture = service.Settings(), readme_blocks("mermaid")[0]
+    assert picture.startswith("sequenceDiagram\n")
+    assert f"access token ({settings.access_ttl // 60} min)" in picture
+    assert f"refresh token 1 ({settings.refresh_ttl // 3600} h)" in picture
+    assert f"within {settings.refresh_grace} s" in picture
+
+
+@pytest.mark.parametrize("code", readme_blocks("python"))
+def test_the_examples_in_python_run(code: str, tmp_path: Path) -> None:
+    (tmp_path / "example.py").write_text(code)
+    runpy.run_path(str(tmp_path / "example.py"))
+
+
+def test_the_embedding_example_serves_its_books(tmp_path: Path) -> None:
+    (code,) = [code for code in readme_blocks("python") if "DispatcherMiddleware" in code]
+    (tmp_path / "example.py").write_text(code)
+    client = Client(runpy.run_path(str(tmp_path / "example.py"))["app"])
+    account = {"username": "ann", "password": PASSWORD}
+    assert client.post("/api/users", json=account).status_code == 201
+    token = client.post("/api/token", data={"grant_type": "password", **account}).json["access_token"]
+    bearer = {"Authorization": f"Bearer {token}"}
+    created = client.post("/api/books", data={"title": "Ulysses"}, headers=bearer)
+    assert (created.json, created.location) == ({"title": "Ulysses", "stars": 3}, "/api/books/book2")
+    assert client.get("/api/average", headers=bearer).json == {"average": 4}
+    assert client.get("/api/average").status_code == 401
+    assert client.get("/").text == "The books are under /api\n"
+
+
+def test_behind_the_proxy_of_the_readme_no_client_chooses_address_or_prefix(clock: Clock) -> None:
+    """The proxy is played here: it sets what the README tells it to, whatever a client sent."""
+    (snippet,) = readme_blocks("nginx")
+    sent = dict(re.findall(r"proxy_set_header (\S+) (\S+);", snippet))
+    believed = {"X-Forwarded-For", "X-Forwarded-Proto", "X-Forwarded-Host", "X-Forwarded-Prefix"}
+    assert believed <= sent.keys()
+    assert "client_max_body_size 64k;" in snippet
+    assert service.Settings().max_body == 64 * 1024
+    assert "proxy_pass http://127.0.0.1:5000/;" in snippet
+
+    (lines,) = [block for block in readme_blocks("sh") if "SERVICE_PROXIES" in block]
+    environ = dict(line.split("=", 1) for line in lines.split()) | {"SERVICE_SECRET_KEY": SECRET}
+    settings = service.Settings.from_environ(environ)
+    seen: list[tuple[str, str]] = []
+
+    def look(request: Any) -> Any:
+        """Notes the address and the address of the root"""
+        seen.append((request.remote_addr, request.root_url))
+
+    routes = [Rule("/look", methods=["GET"], endpoint=look)]
+    client = Client(service.create_app(settings, store=service.MemoryStore(), routes=routes, clock=clock))
+    real = {"$host": "todo.example", "$remote_addr": "192.0.2.7", "$scheme": "https"}
+    client.get("/look", headers={name: real.get(value, value) for name, value in sent.items() if value != '""'})
+    assert seen == [("192.0.2.7", "https://todo.example/api/")]
+
+
+def test_nginx_accepts_the_configuration_of_the_readme(tmp_path: Path) -> None:
+    (snippet,) = readme_blocks("nginx")
+    assert snippet.count("{") == snippet.count("}")
+    assert all(line.strip()[-1:] in ("", "{", "}", ";") for line in re.sub(" *#.*", "", snippet).splitlines())
+    if (nginx := shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")) is None:
+        return  # the shape is all that can be told without it
+    key, certificate = tmp_path / "todo.key", tmp_path / "todo.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=todo.example", "-keyout", key,
+         "-out", certificate], check=True, capture_output=True,
+    )  # fmt: skip
+    snippet = snippet.replace("/etc/ssl/todo", str(tmp_path / "todo"))
+    paths = "".join(f"{name}_temp_path {tmp_path};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    (tmp_path / "nginx.conf").write_text(
+        f"pid {tmp_path}/pid; events {{}} http {{ access_log off; {paths}\n{snippet}\n}}"
+    )
+    tested = subprocess.run(
+        [nginx, "-t", "-e", "stderr", "-c", tmp_path / "nginx.conf"], capture_output=True, text=True, check=False
+    )
+    assert tested.returncode == 0, tested.stderr
+
+
+def test_the_unit_runs_the_folder_it_names_and_waits_for_what_is_in_flight() -> None:
+    (unit,) = readme_blocks("ini")
+    lines = [line.split("=", 1) for line in unit.splitlines() if "=" in line]
+    (folder,) = [value for name, value in lines if name == "WorkingDirectory"]
+    commands = [value for name, value in lines if name.startswith("Exec")]
+    gunicorn = f"{folder}/.venv/bin/gunicorn"
+    assert commands == [gunicorn, f"{gunicorn} --check-config", "/bin/kill -HUP $MAINPID"]
+    config = Config()
+    for name, value in runpy.run_path(str(FOLDER / "gunicorn.conf.py")).items():
+        if name in config.settings:
+            config.set(name, value)
+    assert int(dict(lines)["TimeoutStopSec"]) > config.graceful_timeout
+
+
+def test_the_backup_of_a_running_store_is_the_whole_store(tmp_path: Path) -> None:
+    (sql,) = re.findall(r'sqlite3 todo\.db "(.+)"', README)
+    store = service.open_store(f"sqlite:///{tmp_path}/todo.db")
+    with store.write("alice") as data:
+        data["todos"]["todo1"] = {"task": "back up"}
+    with store.read("alice"):  # in the middle of somebody's work
+        sqlite3.connect(tmp_path / "todo.db").execute(sql.replace("backup.db", str(tmp_path / "backup.db"))).close()
+    copy = service.open_store(f"sqlite:///{tmp_path}/backup.db")
+    with copy.read("alice") as data:
+        assert dict(data["todos"].items()) == {"todo1": {"task": "back up"}}
+    for each in (store, copy):
+        assert isinstance(each, service.SQLStore)
+        each.close()
