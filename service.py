@@ -126,7 +126,6 @@ class Settings:
 def comma_list(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
-
 # ---- Errors ---------------------------------------------------------------------------------------------------------
 # Whatever goes wrong is an exception that knows its status. Werkzeug has most of them; these add a body of one's own,
 # as flask-restful and OAuth have them, and what tokens and stores have to say. Only create_app answers with them.
@@ -150,7 +149,6 @@ class StoreError(http.ServiceUnavailable):
     def __init__(self, conflict: bool = False) -> None:
         super().__init__("The store does not answer", retry_after=1)
         self.conflict = conflict
-
 
 # ---- Arguments ------------------------------------------------------------------------------------------------------
 # A RequestParser holds Arguments. Each looks for its name in parts of the request, converts what it finds, and gives a
@@ -318,10 +316,41 @@ class Argument:
             raise ValueError(f"{value} is not a valid choice")
         return value
 
+    def schema(self, example: Any = None, kept: bool = False) -> dict[str, Any]:
+        """What it takes, or what is kept of it, as JSON Schema, with an example."""
+        kind: Any = self.type
+        choices: Any = self.choices
+        schema: dict[str, Any] = {"type": _JSON_TYPES[kind]} if any(kind is each for each in _JSON_TYPES) else {}
+        value = kind() if schema else "text"
+        if isinstance(kind, Text):
+            limits = {"minLength": kind.shortest, "maxLength": kind.longest, "pattern": f"^(?:{kind.pattern})$"}
+            schema, value = {"type": "string", **limits}, ("text" * kind.shortest)[: kind.longest]
+        if choices:
+            value = choices[0]
+            schema |= {"minimum": value, "maximum": choices[-1]} if isinstance(choices, range) else {"enum": choices}
+        if self.action != "store":
+            schema, value = {"type": "array", "items": schema}, [value]
+        if self.nullable or (kept and not self.required and self.default is None):
+            schema = {"anyOf": [schema, {"type": "null"}]}
+        return {**schema, "examples": [value if example is None else example]}
+
     def _folded(self, value: Any) -> Any:
         return value.lower() if isinstance(value, str) and not self.case_sensitive else value
 
+def object_schema(arguments: Iterable[Argument], examples: Mapping[str, Any], kept: bool = False) -> dict[str, Any]:
+    """These arguments as the JSON Schema of a body, or of what is kept of all of them, with an example."""
+    arguments = [each for each in arguments if kept or {"json", "form"} & {*each.places}]
+    names = {(each.dest or each.name) if kept else each.name: each for each in arguments}
+    properties = {name: each.schema(examples.get(each.dest or each.name), kept) for name, each in names.items()}
+    return {
+        "type": "object", "properties": properties, "required": [name for name, each in names.items() if each.required],
+        "examples": [{name: schema["examples"][0] for name, schema in properties.items()}],
+    }  # fmt: skip
+
 _FLOAT = re.compile(r"\s*[+-]?[0-9]*\.?[0-9]+([eE][+-]?[0-9]+)?\s*")
+_JSON_TYPES: dict[Any, str] = {
+    str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object",
+}  # fmt: skip
 _STRICT: dict[Any, str] = {
     str: "text", int: "an integer", float: "a number", bool: "true or false", list: "a list", dict: "an object",
     FileStorage: "a file",
@@ -405,6 +434,10 @@ class Resource:
     parser: RequestParser = field(init=False)
     changes: RequestParser = field(init=False)  # takes some of the arguments: what is not sent stays as it is
 
+    @property
+    def example(self) -> Mapping[str, Any]:
+        return next(iter(self.starter.values()), {})
+
     def __post_init__(self) -> None:
         reserved = ("account", "sessions", "counters", "users", "token", "revoke", "health", "docs")
         for word in (self.name, self.item):
@@ -416,7 +449,6 @@ class Resource:
 
 TODOS = {"todo1": {"task": "build an API"}, "todo2": {"task": "?????"}, "todo3": {"task": "profit!"}}
 TODO_RESOURCE = Resource("todos", "todo", [Argument("task", type=Text(1, 10_000), required=True)], TODOS)
-
 
 # ---- Stores ---------------------------------------------------------------------------------------------------------
 # All that one user owns is a nested mapping {collection: {key: plain JSON dict}}, reached through one transaction,
@@ -656,7 +688,6 @@ def open_store(url: str) -> MemoryStore | SQLStore:
     """The store that a URL names: memory:, sqlite:///FILE or postgresql://USER@HOST/DATABASE."""
     return MemoryStore() if url == "memory:" else SQLStore(url)
 
-
 # ---- Tokens ---------------------------------------------------------------------------------------------------------
 # Two kinds of JWT. The access token (at+jwt, minutes) opens the API; the refresh token (rt+jwt, as long as its session)
 # buys the next pair. It holds nothing random, so one generation of a session is always the same text. The key that kid
@@ -725,8 +756,8 @@ def remote_keys(url: str, clock: Callable[[], float]) -> Callable[[str], Key]:
                     try:
                         jwks = client.get_signing_keys()
                         found = [Key(str(key.key_id), key.algorithm_name, key.key) for key in jwks]
-                        public = [key for key in found if key.algorithm in _MEMBERS and not hasattr(key.verifying, "sign")]
-                        keys = {key.kid: key for key in public}
+                        found = [key for key in found if key.algorithm in _MEMBERS]
+                        keys = {key.kid: key for key in found if not hasattr(key.verifying, "sign")}
                         fetched = now
                     except (jwt.PyJWTError, ValueError, TypeError, RuntimeError, OSError) as error:
                         log.warning("no keys from %s: %s", url, error)
@@ -796,7 +827,6 @@ class Tokens:
         if typ == ACCESS and not any(name in self._audience for name in claims["aud"]):
             raise InvalidToken("The token is meant for another audience")
         return MappingProxyType(claims)
-
 
 # ---- Sessions and passwords -----------------------------------------------------------------------------------------
 # A login opens a session, a row {gen, rotated_at, expires_at} in the user's data; tokens are good while it is there.
@@ -895,12 +925,14 @@ def _network(address: str) -> str:
         return str(ip.ipv4_mapped or ipaddress.ip_network((ip, 64), strict=False))
     return address
 
-
 # ---- HTTP edge ------------------------------------------------------------------------------------------------------
 # What stands between the wire and the views: a request that reads its body once and bounded, knows its bearer and
 # opens that user's data; JSON out; and the preconditions of RFC 9110 §13.
 
 FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
+
+View = Callable[..., Any]
+Answers = tuple[str, str, Any]  # status, schema, headers of success; other statuses; parsers, or a resource's
 
 class Service(NamedTuple):
     """What one app is made of; views find it at request.service."""
@@ -911,6 +943,7 @@ class Service(NamedTuple):
     passwords: Passwords
     resources: list[Resource]
     routes: Map
+    answers: Mapping[View, Answers]
     clock: Callable[[], float]
 
 class Request(werkzeug.Request):
@@ -985,7 +1018,6 @@ def bearer_token(environ: WSGIEnvironment) -> str:
     return str(token.strip(" "))
 
 Reply = tuple[Any, int, dict[str, str]]  # body (JSON, or the bytes of it), status, headers
-View = Callable[..., Any]
 _encode = json.JSONEncoder(ensure_ascii=False).encode
 
 def to_json(value: Any) -> bytes:
@@ -1074,7 +1106,6 @@ def send(
     return [payload] if payload and environ["REQUEST_METHOD"] != "HEAD" else []
 
 NO_STORE = {"Cache-Control": "no-store"}
-
 
 # ---- Views ----------------------------------------------------------------------------------------------------------
 # Plain functions: parse, act, answer. A view takes the request and its URL arguments, raises early and catches
@@ -1241,6 +1272,10 @@ GRANTS: dict[str, tuple[RequestParser, View]] = {
     "password": (parser_of(*(Argument(name, ANY, required=True) for name in ("username", "password"))), log_in),
     "refresh_token": (parser_of(Argument("refresh_token", ANY, required=True)), refresh),
 }
+TOKEN_REQUESTS = [  # what POST /token takes, for its description
+    parser_of(Argument("grant_type", choices=[name], required=True), *parser.args)
+    for name, (parser, _) in GRANTS.items()
+]
 REVOKE = parser_of(Argument("token", ANY, required=True))
 
 def read_jwks(request: Request) -> Reply:
@@ -1339,176 +1374,123 @@ def counter(data: Data, resource: Resource) -> dict[str, int]:
     """How many items there are, and the highest number in an id so far: kept, so that nothing has to be counted."""
     return data["counters"].get(resource.name) or {"last": 0, "count": 0}
 
-
 # ---- OpenAPI --------------------------------------------------------------------------------------------------------
-# The service as programs read it (OpenAPI 3.1), made from the routes, the resources and their parsers, so that it cannot
-# drift from them, and the page that shows it to people. Only what views answer stands in a table.
+# The service as programs read it (OpenAPI 3.1), made from its routes, resources and parsers, so that it cannot drift;
+# and the page that shows this to people. What a view answers stands beside its route.
 
-_ANSWERS: dict[View, tuple[Any, str, str]] = {  # view: (parser, success, errors); 401 means that it asks for a bearer
-    create_user: (SIGN_UP, "201 User", "400 403 409 413 415 503"), read_user: (None, "200 User", "400 401 503"),
-    change_password: (NEW_PASSWORD, "204", "400 401 413 415 429 503"),
-    delete_user: (OLD_PASSWORD, "204", "400 401 413 415 429 503"),
-    issue_token: (GRANT, "200 TokenPair", "400 413 415 429 503"), revoke_token: (REVOKE, "200", "400 413 415 503"),
-    read_jwks: (None, "200 KeySet", "400"), read_metadata: (None, "200 Metadata", "400"),
-    read_index: (None, "200 Index", "303 400"), read_health: (None, "200 Health", "400 503"),
-    list_items: (PAGE, "200 {}List", "304 400 401 412 503"),
-    create_item: ("parser", "201 {}", "400 401 403 413 415 503"),
-    read_item: (None, "200 {}", "304 400 401 404 412 503"),
-    put_item: ("parser", "201 {}", "400 401 403 404 412 413 415 503"),
-    update_item: ("changes", "200 {}", "400 401 404 412 413 415 503"),
-    delete_item: (None, "204", "400 401 404 412 503"),
-}  # fmt: skip
-_EXAMPLES: dict[str, Any] = {  # of what is sent, and of what is answered; the shape of an answer is that of its example
-    "username": "alice", "password": "correct horse battery", "new_password": "battery horse correct",
-    "refresh_token": "eyJhbGci.eyJpc3Mi.kgl4", "token": "eyJhbGci.eyJpc3Mi.kgl4", "grant_type": "refresh_token",
-    "User": {"username": "alice"}, "Index": {}, "Health": {"status": "ok"}, "KeySet": {"keys": []},
-    "TokenPair": {"access_token": "eyJhbGci.eyJpc3Mi.kgl4", "token_type": "Bearer", "expires_in": 900,
-                  "refresh_token": "eyJhbGci.eyJpc3Mi.kgl4"},
+_HEADERS = {"303": "Location", "304": "ETag", "401": "WWW-Authenticate", "429": "Retry-After", "503": "Retry-After"}
+_EXAMPLES: dict[str, Any] = {  # of arguments, and of answers, whose schemas have the shape of their example
+    "username": "alice", "password": "correct horse battery", "new_password": "battery horse correct", "after": "a",
+    "User": {"username": "alice"}, "Health": {"status": "ok"}, "KeySet": {"keys": []}, "Index": {"GET /": "The index"},
+    "TokenPair": {"access_token": "eyJ0…", "token_type": "Bearer", "expires_in": 900, "refresh_token": "eyJ1…"},
     "Metadata": {"issuer": "https://todo.example", "token_endpoint": "https://todo.example/token"},
-    "OAuthError": {"error": "invalid_grant", "error_description": "The session has ended: log in again"},
-    "Error": {"message": "Todo todo9 doesn't exist"},
+    "Error": {"message": "There is none"}, "OAuthError": {"error": "invalid_grant", "error_description": "It ended"},
 }  # fmt: skip
-_HEADERS = {"401": "WWW-Authenticate", "429": "Retry-After", "503": "Retry-After"}
-_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"}
+_TAGS = {"anyOf": [{"const": "*"}, {"type": "string", "pattern": r'^(W/)?"[!#-~]*"(, *(W/)?"[!#-~]*")*$'}]}
+_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>To-do service</title>
+<link rel="icon" href="docs/favicon-32x32.png"><link rel="stylesheet" href="docs/swagger-ui.css">
+<div id="swagger-ui"></div><script src="docs/swagger-ui-bundle.js"></script><script src="docs/start.js"></script>"""
+_START = 'SwaggerUIBundle({url: "openapi.json", dom_id: "#swagger-ui"})'
+_POLICY = "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 def read_openapi(request: Request) -> Any:
     """This description"""
-    schemas = {name: _shape(example) for name, example in _EXAMPLES.items() if name[0].isupper()}
-    schemas["Error"]["properties"]["message"] = {"type": ["string", "object"]}
-    paths: dict[str, Any] = defaultdict(dict)
+    schemas = {name: object_schema([Argument(key, type(value), required=True) for key, value in shape.items()], shape)
+               for name, shape in _EXAMPLES.items() if isinstance(shape, dict)}  # fmt: skip
+    schemas["Error"]["properties"]["message"]["type"] = ["string", "object"]
+    for each in request.service.resources:
+        schemas[f"{each.name}.item"] = item = object_schema(each.arguments, each.example, kept=True)
+        schemas[each.name] = {"type": "object", "additionalProperties": item}
+    paths, names = defaultdict[str, dict[str, Any]](dict), list[str]()
     for rule in request.service.routes.iter_rules():
-        resource, path = (rule.defaults or {}).get("resource"), re.sub("<(?:[^<>:]+:)?([^<>]+)>", r"{\1}", rule.rule)
-        if resource:
-            item = _body(resource.parser, {**_EXAMPLES, **next(iter(resource.starter.values()), {})})
-            schemas[resource.item.title()] = item
-            schemas[f"{resource.item.title()}List"] = {"type": "object", "additionalProperties": item}
-        for method in {*(rule.methods or ())} - {"HEAD", "OPTIONS"}:
+        path = re.sub("<(?:[^<>:]+:)?([^<>]+)>", r"{\1}", rule.rule)
+        for method in sorted((rule.methods or {"GET", "POST", "PUT", "PATCH", "DELETE"}) - {"HEAD", "OPTIONS"}):
             if rule.endpoint not in (read_openapi, read_docs, read_docs_file):
-                paths[path][method.lower()] = _operation(rule, resource)
-    token_url = f"{request.prefix}/token"
-    schemes = {"login": {"type": "oauth2", "flows": {"password": {"tokenUrl": token_url, "scopes": {}}}},
-               "bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}}  # fmt: skip
+                answers = request.service.answers.get(rule.endpoint, ("default", "", []))
+                operation = paths[path][method.lower()] = _operation(rule, answers, re.findall("{(.+?)}", path))
+                names.append(operation["operationId"])
+                operation["operationId"] += f"_{n}" if (n := names.count(names[-1])) > 1 else ""
+    flows = {"password": {"tokenUrl": f"{request.prefix}/token", "scopes": {}}}
     return {
-        "openapi": "3.1.0", "info": {"title": "To-do service", "version": "1.0.0", "summary": "To-do lists with tokens"},
-        "servers": [{"url": request.prefix or "/"}], "paths": paths,
-        "components": {"schemas": schemas, "securitySchemes": schemes},
+        "openapi": "3.1.0", "info": {"title": "To-do service", "version": "1.0.0"}, "paths": paths,
+        "servers": [{"url": request.prefix or "/"}], "components": {"schemas": schemas, "securitySchemes": {
+            "login": {"type": "oauth2", "flows": flows}, "bearer": {"type": "http", "scheme": "bearer"}}},
     }  # fmt: skip
 
-def _operation(rule: Rule, resource: Resource | None) -> dict[str, Any]:
-    view, item = rule.endpoint, resource.item if resource else "item"
-    parser, success, errors = _ANSWERS.get(view, (None, "200", "default"))
-    parser = getattr(resource, parser) if isinstance(parser, str) else parser
-    status, _, name = success.format(item.title()).partition(" ")
+def _operation(rule: Rule, answers: Answers, variables: list[str]) -> dict[str, Any]:
+    view, name, (success, others, parsers) = rule.endpoint, getattr(rule.endpoint, "__name__", "view"), answers
+    resource = next((each for each in (rule.defaults or {}).values() if isinstance(each, Resource)), None)
+    words = {"items": resource.name, "item": resource.item} if resource else {}
+    examples = {"id": f"{resource.item}1", **resource.example} if resource else _EXAMPLES
+    sent = [getattr(resource, str(each), each).args for each in parsers]
+    status, schema, *headers = [*success.format(words.get("items")).split(), ""]
     error = "OAuthError" if view in (issue_token, revoke_token) else "Error"
-    names = {status: name, **{code: "" if code in ("303", "304") else error for code in errors.split()}}
-    parameters = [
-        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1, "maxLength": 64}}
-        for name in rule.arguments - {"resource"}
-    ]
+    id = {"type": "string", "pattern": f"^{ID.pattern}$", "examples": [examples["id"]]} if words else {"type": "string"}
+    where: list[Any] = [("path", each, True, id) for each in variables]
+    where += [("query", it.name, it.required, it.schema()) for each in sent for it in each if "args" in it.places]
+    where += [("header", each, False, _TAGS) for each in ("If-Match", "If-None-Match") if "412" in others]
     operation: dict[str, Any] = {
-        "operationId": view.__name__.replace("item", item), "summary": (view.__doc__ or "").split("\n")[0],
-        "tags": [resource.name if resource else "service"], "parameters": parameters,
-        "security": [{"login": []}, {"bearer": []}] if "401" in errors else [],
-        "responses": {code: _answer(code, schema, view) for code, schema in names.items()},
+        "operationId": re.sub(r"\W+", "_", re.sub("items?$", lambda found: words.get(found[0], found[0]), name)),
+        "summary": (view.__doc__ or "").split("\n")[0], "tags": [words.get("items", "service")],
+        "security": [{"login": []}, {"bearer": []}] * ("401" in others or not others) + [{}] * (not others),
+        "parameters": [dict(zip(("in", "name", "required", "schema"), each, strict=True)) for each in where],
+        "responses": {status: _answer(status, schema, *headers)}
+        | {code: _answer(code, error * (code > "4"), _HEADERS.get(code, "")) for code in others.split()},
     }  # fmt: skip
-    for argument in parser.args if parser else ():
-        if "args" in argument.places:
-            parameters.append({"name": argument.name, "in": "query", "schema": _schema(argument)})
-    if "412" in errors:
-        tags = {"type": "string", "pattern": r'^(\*|(W/)?"[!#-~]*"(, ?(W/)?"[!#-~]*")*)$'}
-        parameters += [{"name": name, "in": "header", "schema": tags} for name in ("If-Match", "If-None-Match")]
-    if parser and parser is not PAGE:
-        body = _body(parser, {**_EXAMPLES, **(next(iter(resource.starter.values()), {}) if resource else {})})
-        if parser is GRANT:
-            grants = [{"properties": {"grant_type": {"const": name}, **_body(grant, _EXAMPLES)["properties"]},
-                       "required": [each.name for each in grant.args]} for name, (grant, _) in GRANTS.items()]  # fmt: skip
-            body = {**body, "oneOf": grants, "example": {name: _EXAMPLES[name] for name in ("grant_type", "refresh_token")}}
-        kinds = ["application/json", FORMS[0], *(["application/merge-patch+json"] if view is update_item else [])]
-        content = {kind: {"schema": body} for kind in kinds}
-        operation["requestBody"] = {"required": bool(body["required"]), "content": content}
+    if shapes := [shape for shape in (object_schema(each, examples) for each in sent) if shape["properties"]]:
+        body = {"schema": {"oneOf": shapes} if shapes[1:] else shapes[0], "example": shapes[0]["examples"][0]}
+        kinds = ["application/json", FORMS[0], *["application/merge-patch+json"] * (view is update_item)]
+        operation["requestBody"] = {"required": bool(shapes[0]["required"]), "content": dict.fromkeys(kinds, body)}
     return operation
 
-def _answer(status: str, schema: str, view: View) -> dict[str, Any]:
-    headers = [_HEADERS[status]] if status in _HEADERS else []
-    headers += ["ETag"] if "{}" in _ANSWERS.get(view, ("", "", ""))[1] and status in ("200", "201", "304") else []
-    headers += [name for name, only in (("Location", create_item), ("Link", list_items)) if view is only and status < "3"]
-    answer: dict[str, Any] = {"description": HTTP_STATUS_CODES.get(int(status), "") if status.isdigit() else "Any"}
-    if schema:
-        answer["content"] = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
-    return {**answer, "headers": {name: {"schema": {"type": "string"}} for name in headers}}
-
-def _body(parser: RequestParser, examples: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON schema of the object that a parser takes."""
-    body = [argument for argument in parser.args if {"json", "form"} & {*argument.places}]
+def _answer(status: str, schema: str, *headers: str) -> dict[str, Any]:
     return {
-        "type": "object", "properties": {argument.name: _schema(argument) for argument in body},
-        "required": [argument.name for argument in body if argument.required],
-        "example": {argument.name: examples[argument.name] for argument in body if argument.name in examples},
-    }  # fmt: skip
-
-def _schema(argument: Argument) -> dict[str, Any]:
-    kind, choices = argument.type, argument.choices
-    schema: dict[str, Any] = {"type": _TYPES.get(kind, "string")}
-    if isinstance(kind, Text):
-        schema |= {"minLength": kind.shortest, "maxLength": kind.longest, "pattern": f"^{kind.pattern}$"}
-    if isinstance(choices, range):
-        schema |= {"minimum": choices[0], "maximum": choices[-1]}
-    elif choices:
-        schema["enum"] = [*choices]
-    if argument.nullable:
-        schema["type"] = [schema["type"], "null"]
-    return {"type": "array", "items": schema} if argument.action == "append" else schema
-
-def _shape(example: Any) -> dict[str, Any]:
-    """The JSON schema of what looks like an example."""
-    if not isinstance(example, dict):
-        return {"type": _TYPES[type(example)]}
-    properties = {name: _shape(value) for name, value in example.items()}
-    return {"type": "object", "properties": properties, "required": [*example], "example": example}
-
-_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>To-do service</title>
-<link rel="stylesheet" href="docs/swagger-ui.css"><div id="swagger-ui"></div>
-<script src="docs/swagger-ui-bundle.js"></script><script src="docs/start.js"></script></html>
-"""
-_START = """const url = new URL("openapi.json", document.baseURI).href
-SwaggerUIBundle({url, dom_id: "#swagger-ui", presets: [SwaggerUIBundle.presets.apis], layout: "BaseLayout"})
-"""
-_POLICY = (  # nothing inline, nothing from elsewhere
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self';"
-    " frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
-)
+        "description": HTTP_STATUS_CODES[int(status)] if status.isdigit() else "Whatever the view answers",
+        "headers": {name: {"required": name != "Link", "schema": {"type": "string"}} for name in headers if name},
+        "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}} if schema else {},
+    }
 
 def read_docs(request: Request) -> werkzeug.Response:
-    """The page on which people read the description and try the service"""
-    read_docs_file(request, "swagger-ui.css").close()  # 404 without the assets
+    """The page on which people read this description and try the service"""
+    read_docs_file(request, "swagger-ui.css").close()  # 404 without the extra
     return werkzeug.Response(_PAGE, mimetype="text/html", headers={"Content-Security-Policy": _POLICY})
 
 def read_docs_file(request: Request, file: str) -> werkzeug.Response:
-    """A part of that page: Swagger UI's files, as the docs extra brings them"""
-    if file == "start.js":
-        return werkzeug.Response(_START, mimetype="text/javascript")
+    """A file of that page; Swagger UI's own come with the docs extra"""
     if (package := find_spec("flask_swagger_ui")) is None:
         raise http.NotFound("The page needs the docs extra: pip install 'todo-service[docs]'")
-    folder = Path((package.submodule_search_locations or [""])[0]) / "dist"
-    return send_from_directory(folder, file, request.environ)
-
+    if file == "start.js":
+        return werkzeug.Response(_START, mimetype="text/javascript")
+    return send_from_directory(Path(str(package.origin)).parent / "dist", file, request.environ)
 
 # ---- Routes ---------------------------------------------------------------------------------------------------------
 # One Map whose endpoints are the views themselves. Every resource gets the same six rules; an embedder's own rules
 # come last and are served just the same.
 
-ROUTES: dict[str, View] = {
-    "GET /": read_index, "GET /health": read_health, "GET /openapi.json": read_openapi,
-    "GET /docs": read_docs, "GET /docs/<file>": read_docs_file,
-    "POST /users": create_user, "GET /users/me": read_user,
-    "PATCH /users/me": change_password, "DELETE /users/me": delete_user,
-    "POST /token": issue_token, "POST /revoke": revoke_token,
-    "GET /.well-known/jwks.json": read_jwks, "GET /.well-known/oauth-authorization-server": read_metadata,
+ROUTES: dict[str, tuple[View, Answers | None]] = {
+    # route: (view, (status, schema and headers of its success; all other statuses; its parsers, or a resource's))
+    "GET /": (read_index, ("200 Index Vary", "303 400", [])),
+    "GET /health": (read_health, ("200 Health", "400 503", [])),
+    "GET /openapi.json": (read_openapi, None),
+    "GET /docs": (read_docs, None), "GET /docs/<file>": (read_docs_file, None),
+    "POST /users": (create_user, ("201 User", "400 403 409 413 415 503", [SIGN_UP])),
+    "GET /users/me": (read_user, ("200 User", "400 401 503", [])),
+    "PATCH /users/me": (change_password, ("204", "400 401 413 415 429 503", [NEW_PASSWORD])),
+    "DELETE /users/me": (delete_user, ("204", "400 401 413 415 429 503", [OLD_PASSWORD])),
+    "POST /token": (issue_token, ("200 TokenPair Cache-Control", "400 413 415 429 503", TOKEN_REQUESTS)),
+    "POST /revoke": (revoke_token, ("200", "400 413 415 503", [REVOKE])),
+    "GET /.well-known/jwks.json": (read_jwks, ("200 KeySet Cache-Control", "400", [])),
+    "GET /.well-known/oauth-authorization-server": (read_metadata, ("200 Metadata", "400", [])),
 }  # fmt: skip
-ITEM_ROUTES: dict[str, View] = {
-    "GET /{}": list_items, "POST /{}": create_item, "GET /{}/<id>": read_item, "PUT /{}/<id>": put_item,
-    "PATCH /{}/<id>": update_item, "DELETE /{}/<id>": delete_item,
-}  # fmt: skip
+ITEM_ROUTES: dict[str, tuple[View, Answers]] = {
+    "GET /{}": (list_items, ("200 {} ETag Link", "304 400 401 412 413 415 503", [PAGE])),
+    "POST /{}": (create_item, ("201 {}.item ETag Location", "400 401 403 413 415 503", ["parser"])),
+    "GET /{}/<id>": (read_item, ("200 {}.item ETag", "304 400 401 404 412 503", [])),
+    "PUT /{}/<id>": (put_item, ("201 {}.item ETag", "400 401 403 404 412 413 415 503", ["parser"])),
+    "PATCH /{}/<id>": (update_item, ("200 {}.item ETag", "400 401 404 412 413 415 503", ["changes"])),
+    "DELETE /{}/<id>": (delete_item, ("204", "400 401 404 412 503", [])),
+}
+ANSWERS = {view: answers for view, answers in [*ROUTES.values(), *ITEM_ROUTES.values()] if answers}
 
 def make_routes(resources: Iterable[Resource], routes: Iterable[Rule]) -> Map:
     """The Map of an app. An embedder's rules are copied, since a Rule binds only once."""
@@ -1517,12 +1499,11 @@ def make_routes(resources: Iterable[Resource], routes: Iterable[Rule]) -> Map:
         method, path = route.split()
         return Rule(path, methods=[method], endpoint=view, defaults=defaults)
 
-    rules = [rule(route, view) for route, view in ROUTES.items()]
+    rules = [rule(route, view) for route, (view, _) in ROUTES.items()]
     for each in resources:
-        rules += [rule(route.format(each.name), view, resource=each) for route, view in ITEM_ROUTES.items()]
+        rules += [rule(route.format(each.name), view, resource=each) for route, (view, _) in ITEM_ROUTES.items()]
     # No redirects: /todos/ and //todos are other paths than /todos.
     return Map([*rules, *(rule.empty() for rule in routes)], merge_slashes=False, redirect_defaults=False)
-
 
 # ---- Application ----------------------------------------------------------------------------------------------------
 # create_app puts the rooms together. Here, and only here, errors become responses. start_response is called directly,
@@ -1543,7 +1524,7 @@ def make_service(
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"two resources are named {twice[0]!r}")
     urls = make_routes(models, routes)
-    return Service(settings, store, Tokens(settings, clock), Passwords(clock), models, urls, clock)
+    return Service(settings, store, Tokens(settings, clock), Passwords(clock), models, urls, ANSWERS, clock)
 
 def create_app(
     settings: Settings | None = None,
@@ -1601,7 +1582,6 @@ def create_app(
 
     return ProxyFix(app, x_for=hops, x_proto=hops, x_host=hops, x_prefix=hops) if hops else app
 
-
 # ---- Guard ----------------------------------------------------------------------------------------------------------
 # What other services mount in front of themselves, so that one login opens them too. It knows keys, but no sessions:
 # a logout reaches them when the access token expires.
@@ -1633,7 +1613,6 @@ def guard(
         return wsgi_app(environ, start_response)
 
     return guarded
-
 
 # ---- Main -----------------------------------------------------------------------------------------------------------
 # python service.py is the development server, which starts anew whenever a file changes; and two commands.
