@@ -7325,7 +7325,8 @@ def test_the_page_loads_nothing_inline_and_nothing_from_elsewhere(openapi_api: A
     "path",
     [
         "..", "../service.py", "%2e%2e", "%2e%2e%2fservice.py", "..%2f..%2f..%2f..%2f..%2fetc%2fpasswd",
-        "..\\service.py", "%2fetc%2fpasswd", "/etc/passwd", "swagger-ui.css%00", "swagger-ui.css/", "none.js", "", "%ff", "~", "CON",
+        "..\\service.py", "%2fetc%2fpasswd", "/etc/passwd", "swagger-ui.css%00", "swagger-ui.css/", "none.js", "",
+        "%ff", "~", "CON",
     ],
 )  # fmt: skip
 def test_no_path_under_docs_leads_out_of_the_folder(openapi_api: Api, path: str) -> None:
@@ -7362,7 +7363,8 @@ class Browser:
     FLAGS = (
         "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
         "--disable-background-networking", "--disable-component-update", "--disable-default-apps",
-        "--disable-dev-shm-usage", "--window-size=1280,1600", "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
+        "--disable-dev-shm-usage", "--window-size=1280,1600",
+        "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
     )  # fmt: skip
 
     def __init__(self, profile: Path) -> None:
@@ -7644,7 +7646,8 @@ def test_a_page_of_a_listed_origin_logs_in_and_works_and_one_of_another_cannot(b
         browser.open(other)
         assert browser.run(BROWSER_CLIENT, *arguments) == "TypeError", "the browser keeps the answer from the page"
         assert [line for line in browser.complaints() if "CORS" in line] != []
-        assert browser.run("return (await fetch(given[0] + '/todos', {method: 'PUT'})).status", *arguments) == "TypeError"
+        script = "return (await fetch(given[0] + '/todos', {method: 'PUT'})).status"
+        assert browser.run(script, *arguments) == "TypeError"
 
 
 # Conditional requests, what the table of items leaves open
