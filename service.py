@@ -27,7 +27,7 @@ import sys
 import threading
 import time
 import unicodedata
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, UserDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -35,7 +35,7 @@ from functools import cache, lru_cache, partial
 from getpass import getpass
 from importlib.util import find_spec
 from io import BytesIO
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
@@ -457,34 +457,29 @@ TODO_RESOURCE = Resource("todos", "todo", [Argument("task", type=Text(1, 10_000)
 
 Data = MutableMapping[str, Any]  # {collection: Collection}; a collection that was never written is empty
 
-class Collection(MutableMapping[str, dict[str, Any]]):
+class Collection(UserDict[str, dict[str, Any]]):
     """A collection in memory: a new key goes to the end, an overwritten one keeps its place."""
 
     def __init__(self) -> None:
-        self._rows: dict[str, tuple[int, dict[str, Any]]] = {}
-        self._last = 0  # no position is given twice, so a page's cursor outlives the item it stands on
-
-    def __getitem__(self, key: str) -> dict[str, Any]:
-        return self._rows[key][1]
+        super().__init__()
+        self._positions: dict[str, int] = {}
+        self._next = count(1)  # no position is given twice, so a page's cursor outlives the item it stands on
 
     def __setitem__(self, key: str, value: dict[str, Any]) -> None:
         to_text(value)
-        if key not in self._rows:
-            self._last += 1
-        self._rows[key] = (self._rows[key][0] if key in self._rows else self._last, value)
+        if key not in self.data:
+            self._positions[key] = next(self._next)
+        self.data[key] = value
 
     def __delitem__(self, key: str) -> None:
-        del self._rows[key]
+        del self.data[key], self._positions[key]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(list(self._rows))  # a copy, so that a loop may delete
-
-    def __len__(self) -> int:
-        return len(self._rows)
+        return iter([*self.data])  # a copy, so that a loop may delete
 
     def page(self, after: int = 0, limit: int | None = None) -> list[tuple[int, str, dict[str, Any]]]:
         """The first (position, key, value) past a position, in the order of creation."""
-        return list(islice(((n, key, value) for key, (n, value) in self._rows.items() if n > after), limit))
+        return list(islice(((n, key, self.data[key]) for key, n in self._positions.items() if n > after), limit))
 
 def to_text(value: dict[str, Any]) -> str:
     """A value as the text that stores keep; TypeError or ValueError if it is not a JSON object."""
@@ -532,15 +527,27 @@ _SQL = {
     "page": f"SELECT position, key, value FROM user_data WHERE {_ALL} AND position > :after"
     " ORDER BY position LIMIT :limit",
     "count": f"SELECT count(*) FROM user_data WHERE {_ALL}",
-    "update": f"UPDATE user_data SET value = :value WHERE {_ONE}",
     # The time, since max + 1 alone would give the place of a deleted last item again, where a cursor may stand.
-    "insert": "INSERT INTO user_data (owner, collection, position, key, value) SELECT CAST(:owner AS TEXT),"
+    "set": "INSERT INTO user_data (owner, collection, position, key, value) SELECT CAST(:owner AS TEXT),"
     " CAST(:collection AS TEXT), CASE WHEN max(position) >= :now THEN max(position) + 1 ELSE CAST(:now AS BIGINT) END,"
-    f" CAST(:key AS TEXT), CAST(:value AS TEXT) FROM user_data WHERE {_ALL}",
+    f" CAST(:key AS TEXT), CAST(:value AS TEXT) FROM user_data WHERE {_ALL}"
+    " ON CONFLICT (owner, collection, key) DO UPDATE SET value = excluded.value",
     "delete": f"DELETE FROM user_data WHERE {_ONE}",
     "empty": f"DELETE FROM user_data WHERE {_ALL}",
     "clear": "DELETE FROM user_data WHERE owner = :owner",
 }
+
+# The options of an engine, of a reader's transaction and of a writer's. With AUTOCOMMIT SQLite's driver begins nothing
+# by itself, so that a writer can take the lock as it begins.
+_SQLITE: list[dict[str, Any]] = [{"isolation_level": "AUTOCOMMIT"}, {"begin": "BEGIN"}, {"begin": "BEGIN IMMEDIATE"}]
+_PATIENCE = {
+    "connect_timeout": 5, "tcp_user_timeout": 10_000, "keepalives_idle": 10,
+    "options": "-c lock_timeout=10s -c idle_in_transaction_session_timeout=30s",
+}  # fmt: skip
+_POSTGRES: list[dict[str, Any]] = [
+    {"isolation_level": "READ COMMITTED", "pool_pre_ping": True, "connect_args": _PATIENCE},
+    {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}, {},
+]  # fmt: skip
 
 class SQLCollection(MutableMapping[str, dict[str, Any]]):
     """A collection in a table; nothing is loaded but what is asked for."""
@@ -554,9 +561,7 @@ class SQLCollection(MutableMapping[str, dict[str, Any]]):
         return dict(json.loads(row[0]))
 
     def __setitem__(self, key: str, value: dict[str, Any]) -> None:
-        text = to_text(value)
-        if not self._run("update", key=key, value=text).rowcount:
-            self._run("insert", key=key, value=text, now=time.time_ns() // 1000)
+        self._run("set", key=key, value=to_text(value), now=time.time_ns() // 1000)
 
     def __delitem__(self, key: str) -> None:
         if not self._run("delete", key=key).rowcount:
@@ -582,8 +587,7 @@ class SQLData(dict[str, SQLCollection]):
         self._run = run
 
     def __missing__(self, collection: str) -> SQLCollection:
-        self[collection] = SQLCollection(partial(self._run, collection=collection))
-        return self[collection]
+        return SQLCollection(partial(self._run, collection=collection))
 
     def clear(self) -> None:
         self._run("clear")
@@ -597,29 +601,19 @@ class SQLStore:
 
     def __init__(self, url: str) -> None:
         self._is_sqlite, self._is_ready, self._later = url.startswith("sqlite:"), False, 0
-        postgres = {
-            "connect_timeout": 5, "tcp_user_timeout": 10_000, "keepalives_idle": 10,
-            "options": "-c lock_timeout=10s -c idle_in_transaction_session_timeout=30s",
-        }  # fmt: skip
+        options, self._reader, self._writer = _SQLITE if self._is_sqlite else _POSTGRES
         try:
             import sqlalchemy as sa
 
-            self._engine = sa.create_engine(
-                url, isolation_level="AUTOCOMMIT" if self._is_sqlite else "READ COMMITTED", pool_timeout=5,
-                pool_pre_ping=not self._is_sqlite, connect_args={} if self._is_sqlite else postgres,
-            )  # fmt: skip
+            self._engine = sa.create_engine(url, pool_timeout=5, **options)
         except ImportError as error:
             extra = "sql" if error.name == "sqlalchemy" else "postgres"
             raise ValueError(f"SERVICE_STORE_URL needs: pip install 'todo-service[{extra}]'") from None
         self._errors = (sa.exc.DBAPIError, sa.exc.TimeoutError)
         self._statements = {name: sa.text(sql) for name, sql in _SQL.items()}
-        if self._is_sqlite:  # with AUTOCOMMIT the driver begins nothing; so a writer can take the lock as it begins
+        if self._is_sqlite:
             sa.event.listen(self._engine, "connect", _set_up_sqlite)
             sa.event.listen(self._engine, "begin", lambda c: c.exec_driver_sql(c.get_execution_options()["begin"]))
-        self._writer: dict[str, Any] = {"begin": "BEGIN IMMEDIATE"}
-        self._reader: dict[str, Any] = {"begin": "BEGIN"}
-        if not self._is_sqlite:
-            self._reader, self._writer = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}, {}
         with suppress(StoreError):  # a database that is down now may come up
             self._make_ready()
         self.close()  # so that no connection is carried over a fork
@@ -698,9 +692,12 @@ _CLAIMS: dict[str, dict[str, type]] = {  # of each kind: the claims that it must
     ACCESS: {"iss": str, "sub": str, "aud": list, "exp": int, "iat": int, "jti": str, "sid": str},
     REFRESH: {"iss": str, "sub": str, "sid": str, "gen": int, "exp": int},
 }
-_JWT = jwt.PyJWT(options={"enforce_minimum_key_length": True})
-_UNCHECKED: Any = {"verify_exp": False, "verify_nbf": False, "verify_iat": False, "verify_aud": False}
+_JWT = jwt.PyJWT({  # times and the audience are checked below
+    "enforce_minimum_key_length": True, "verify_exp": False, "verify_nbf": False, "verify_iat": False,
+    "verify_aud": False,
+})  # fmt: skip
 Claims = Mapping[str, Any]
+Clock = Callable[[], float]  # the time in seconds
 
 _MEMBERS = {"EdDSA": ("crv", "kty", "x"), "ES256": ("crv", "kty", "x", "y"), "RS256": ("e", "kty", "n")}  # RFC 7638
 
@@ -723,21 +720,20 @@ def signing_key(path: str) -> Key:
     if not has_crypto:
         raise ValueError("SERVICE_SIGNING_KEY_FILE needs: pip install 'todo-service[crypto]'")
     for name, members in _MEMBERS.items():
-        with suppress(jwt.PyJWTError, OSError, TypeError, ValueError):
+        with suppress(jwt.PyJWTError, OSError, TypeError, ValueError, AttributeError):
             algorithm = jwt.get_algorithm_by_name(name)
             private = algorithm.prepare_key(Path(path).read_bytes())
-            public = private.public_key() if hasattr(private, "private_bytes") else None
-            if public and not algorithm.check_key_length(private):
-                found = algorithm.to_jwk(public, as_dict=True)
+            public = private.public_key()  # AttributeError: it is a public key already
+            found = algorithm.to_jwk(public, as_dict=True)
+            if found.get("crv") != "Ed448" and not algorithm.check_key_length(private):
                 jwk = {member: str(found[member]) for member in members}
                 digest = hashlib.sha256(json.dumps(jwk, separators=(",", ":")).encode()).digest()
                 kid = base64url_encode(digest).decode()
-                if jwk.get("crv") != "Ed448":
-                    return Key(kid, name, public, private, {**jwk, "kid": kid, "use": "sig", "alg": name})
+                return Key(kid, name, public, private, {**jwk, "kid": kid, "use": "sig", "alg": name})
     right = "an unencrypted private key in PEM, Ed25519, P-256 or RSA of 2048 bits, for example that of genkey"
     raise ValueError(f"SERVICE_SIGNING_KEY_FILE {path!r} cannot be: it must be {right}")
 
-def remote_keys(url: str, clock: Callable[[], float]) -> Callable[[str], Key]:
+def remote_keys(url: str, clock: Clock) -> Callable[[str], Key]:
     """A function that finds a key by its kid in the JWK set at a URL, which is kept for 300 s.
 
     Whatever kids are asked for, the set is fetched at most once in 10 s. Raises 503 while it cannot be had.
@@ -770,9 +766,7 @@ def remote_keys(url: str, clock: Callable[[], float]) -> Callable[[str], Key]:
 class Tokens:
     """Signs and verifies for one issuer. A class, since keys are loaded once and verified tokens are remembered."""
 
-    def __init__(
-        self, settings: Settings, clock: Callable[[], float], find: Callable[[str], Key] | None = None
-    ) -> None:
+    def __init__(self, settings: Settings, clock: Clock, find: Callable[[str], Key] | None = None) -> None:
         self._settings, self._clock = settings, clock
         self._audience = comma_list(settings.audience) or [settings.issuer]
         secret = {key.kid: key for key in map(secret_key, comma_list(settings.secret_key))}
@@ -815,7 +809,7 @@ class Tokens:
             if {*header} != {"alg", "typ", "kid"} or header["typ"] != typ or "=" in token:
                 raise InvalidToken("The token is of another kind than the one that belongs here")
             key = self._find[typ](header["kid"])
-            claims = _JWT.decode(token, key.verifying, [key.algorithm], _UNCHECKED)
+            claims = _JWT.decode(token, key.verifying, [key.algorithm])
             if b"\\u0000" in json.dumps(claims, ensure_ascii=False).encode():  # nor half of a surrogate pair
                 raise ValueError("no store can look that up")
         except (jwt.PyJWTError, ValueError, TypeError, LookupError, RecursionError):
@@ -865,7 +859,7 @@ class Passwords:
     A class, since it counts; it counts in this process only, so n workers let n times as many guesses through.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Clock) -> None:
         self._clock, self._lock = clock, threading.Lock()
         self._two = threading.BoundedSemaphore(2)  # scrypt takes 32 MB and 0.1 s
         self._wrong: OrderedDict[tuple[str, str], tuple[int, float]] = OrderedDict()  # key: (count, wait until)
@@ -897,7 +891,8 @@ class Passwords:
                 self._wrong.pop((client, name[:65]), None)  # one's own login is no licence to guess other names
                 return True
             self._count(limits)
-            return False
+        log_event("failed login", name, address)
+        return False
 
     def _refuse_guesses(self, keys: Iterable[tuple[str, str]], name: str, address: str) -> None:
         wait = max(self._wrong.get(key, (0, 0.0))[1] for key in keys) - self._clock()
@@ -944,7 +939,7 @@ class Service(NamedTuple):
     resources: list[Resource]
     routes: Map
     answers: Mapping[View, Answers]
-    clock: Callable[[], float]
+    clock: Clock
 
 class Request(werkzeug.Request):
     """Werkzeug's request, with the service, its bearer and the bearer's data."""
@@ -1059,14 +1054,11 @@ def allow(methods: Iterable[str]) -> dict[str, str]:
 
 def cors_headers(environ: WSGIEnvironment, origins: list[str]) -> list[tuple[str, str]]:
     """What lets the pages of other origins use the service (Fetch standard §3.3); never with credentials."""
-    if not origins:
-        return []
-    if "*" in origins:
-        allowed = [("Access-Control-Allow-Origin", "*")]
-    elif environ.get("HTTP_ORIGIN") in origins:
-        allowed = [("Vary", "Origin"), ("Access-Control-Allow-Origin", environ["HTTP_ORIGIN"])]
-    else:
-        return [("Vary", "Origin")]
+    origin = "*" if "*" in origins else environ.get("HTTP_ORIGIN")
+    vary = [("Vary", "Origin")] if origins and "*" not in origins else []
+    if origin not in origins:
+        return vary
+    allowed = [*vary, ("Access-Control-Allow-Origin", origin)]
     if environ["REQUEST_METHOD"] == "OPTIONS" and "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in environ:
         return [*allowed, ("Access-Control-Allow-Methods", "GET, HEAD, POST, PUT, PATCH, DELETE"),
                 ("Access-Control-Allow-Headers", "Authorization, Content-Type, If-Match, If-None-Match")]  # fmt: skip
@@ -1195,16 +1187,9 @@ def confirmed_account(request: Request, password: str) -> Any:
     """The bearer's account, once the bearer has given its password."""
     with request.read() as data:
         account = data["account"]["password"]
-    if not is_password(request, account, request.user, password):
+    if not request.service.passwords.match(account["hash"], password, request.user, request.remote_addr or ""):
         raise Refusal(message={"password": "Wrong password"})
     return account
-
-def is_password(request: Request, account: Any, name: str, password: str) -> bool:
-    known, address = account and account["hash"], request.remote_addr or ""
-    good = request.service.passwords.match(known, password, name, address)
-    if not good:
-        request.log("failed login", name)
-    return good
 
 def refuse_unless(data: Data, account: Any) -> None:
     """Passwords are checked outside of the transaction, so inside of it the account must still be the same."""
@@ -1234,7 +1219,7 @@ def log_in(request: Request, username: str, password: str) -> dict[str, Any]:
     if re.fullmatch(NAME.pattern, username):
         with service.store.read(username) as data:
             account = data["account"].get("password")
-    if not is_password(request, account, username, password):
+    if not service.passwords.match(account and account["hash"], password, username, request.remote_addr or ""):
         raise InvalidToken("The user name or the password is wrong")
     with service.store.write(username) as data:
         if data["account"].get("password") != account:
@@ -1511,7 +1496,7 @@ def make_routes(resources: Iterable[Resource], routes: Iterable[Rule]) -> Map:
 
 def make_service(
     settings: Settings, store: Any = None, resources: Iterable[Resource] | None = None, routes: Iterable[Rule] = (),
-    clock: Callable[[], float] = time.time,
+    clock: Clock = time.time,
 ) -> Service:  # fmt: skip
     """The parts of an app."""
     store = open_store(settings.store_url) if store is None else store
@@ -1526,14 +1511,30 @@ def make_service(
     urls = make_routes(models, routes)
     return Service(settings, store, Tokens(settings, clock), Passwords(clock), models, urls, ANSWERS, clock)
 
+def refuse_malformed(request: Request) -> None:
+    environ = request.environ
+    if environ.get("SERVER_PROTOCOL") == "HTTP/1.1" and "HTTP_HOST" not in environ:
+        raise http.BadRequest("HTTP/1.1 asks for a Host header (RFC 9112 §3.2)")
+    if not request.query_string.isascii():
+        raise http.BadRequest("A query string is percent-encoded (RFC 3986 §2.1)")
+    if environ.get("PATH_INFO", "").startswith("//"):  # Werkzeug would take it for one slash
+        raise http.NotFound()
+
+def repeated(answer: View, request: Request) -> Any:
+    """Run a view again after a conflict of its transaction, up to 8 times."""
+    for attempt in range(7):
+        try:
+            return answer(request)
+        except StoreError as error:
+            if not error.conflict:
+                raise
+            time.sleep(random.random() * 0.005 * 2**attempt)
+    return answer(request)
+
 def create_app(
-    settings: Settings | None = None,
-    *,
-    store: Any = None,
-    resources: Iterable[Resource] | None = None,
-    routes: Iterable[Rule] = (),
-    clock: Callable[[], float] = time.time,
-) -> WSGIApplication:
+    settings: Settings | None = None, *, store: Any = None, resources: Iterable[Resource] | None = None,
+    routes: Iterable[Rule] = (), clock: Clock = time.time,
+) -> WSGIApplication:  # fmt: skip
     """The service as a WSGI callable (PEP 3333); ValueError for settings or names that cannot work.
 
     settings come from the environment unless given, the store from their URL; resources replace the to-dos;
@@ -1546,27 +1547,11 @@ def create_app(
     origins = comma_list(service.settings.cors_origins)
 
     def answer(request: Request) -> Any:
-        if request.environ.get("SERVER_PROTOCOL") == "HTTP/1.1" and "HTTP_HOST" not in request.environ:
-            raise http.BadRequest("HTTP/1.1 asks for a Host header (RFC 9112 §3.2)")
-        if not request.query_string.isascii():
-            raise http.BadRequest("A query string is percent-encoded (RFC 3986 §2.1)")
-        if request.environ.get("PATH_INFO", "").startswith("//"):  # Werkzeug would take it for one slash
-            raise http.NotFound()
+        refuse_malformed(request)
         if request.method == "OPTIONS" and (methods := adapter.allowed_methods(request.path)):
             return None, 204, allow(methods)
         view, arguments = match(request.path, request.method)
         return view(request, **arguments)
-
-    def repeated(answer: View, request: Request) -> Any:
-        """Run a view again after a conflict of its transaction, up to 8 times."""
-        for attempt in range(8):
-            try:
-                return answer(request)
-            except StoreError as error:
-                if not error.conflict or attempt == 7:
-                    raise
-                time.sleep(random.random() * 0.005 * 2**attempt)
-        raise AssertionError
 
     def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         request = Request(environ, service)
@@ -1588,7 +1573,7 @@ def create_app(
 
 def guard(
     wsgi_app: WSGIApplication, *, issuer: str, audience: str, secret: str | None = None, jwks_url: str | None = None,
-    open_paths: Iterable[str] = (), clock: Callable[[], float] = time.time,
+    open_paths: Iterable[str] = (), clock: Clock = time.time,
 ) -> WSGIApplication:  # fmt: skip
     """WSGI middleware that lets only valid access tokens through; the app finds REMOTE_USER and service.claims.
 
