@@ -60,13 +60,13 @@ if TYPE_CHECKING:
 log = logging.getLogger("service")
 
 def log_event(event: str, user: str, address: str | None) -> None:
-    log.info("%s: user %r, address %r", event, user, address)  # %r: a name that does not exist may be any text
+    log.info("%s: user %r, address %r", event, user[:65], address)  # %r: a name that is none may be any text
 
 # ---- Settings -------------------------------------------------------------------------------------------------------
 # One frozen value holds every setting. It is checked when it is made, so whoever holds one holds a good one.
 
 _RULES = {  # setting: (pattern of its UTF-8 bytes, what that means, an example)
-    "secret_key": (r"(\s*\S[^,]{30,}\S\s*(,|$))*", "32 bytes or more, or several such keys with commas between", ""),
+    "secret_key": (r"(\s*[^\s,][^,]{30,}[^\s,]\s*(,|$))*", "32 bytes or more, or several such with commas", ""),
     "store_url": (
         r"memory:|sqlite:///(?!:).+|postgresql://([^\s@/]*@)?(\[[^\s\]]+\]|[^\s@:/?\[]*)(:[0-9]+)?([/?]\S*)?",
         "memory:, sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME, with %40 %3A %2F for @ : / in a password",
@@ -124,7 +124,7 @@ class Settings:
         return cls(**{name: text for name, text in given.items() if text})  # type: ignore[arg-type]
 
 def comma_list(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+    return [part for part in re.split(r"(?a:\s*,\s*)", text.strip(" \t\n\r\f\v")) if part]
 
 # ---- Errors ---------------------------------------------------------------------------------------------------------
 # Whatever goes wrong is an exception that knows its status. Werkzeug has most of them; these add a body of one's own,
@@ -347,7 +347,7 @@ def object_schema(arguments: Iterable[Argument], examples: Mapping[str, Any], ke
         "examples": [{name: schema["examples"][0] for name, schema in properties.items()}],
     }  # fmt: skip
 
-_FLOAT = re.compile(r"\s*[+-]?[0-9]*\.?[0-9]+([eE][+-]?[0-9]+)?\s*")
+_FLOAT = re.compile(r"\s*[+-]?([0-9]+(\.[0-9]+)?|\.[0-9]+)([eE][+-]?[0-9]+)?\s*")
 _JSON_TYPES: dict[Any, str] = {
     str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object",
 }  # fmt: skip
@@ -887,7 +887,8 @@ class Passwords:
         self._refuse_guesses(limits, name, address)
         with self._turn():
             self._refuse_guesses(limits, name, address)  # who waited beside a wrong guess is held to it
-            if check_password_hash(hash or _NO_HASH, unicodedata.normalize("NFC", password)) and hash:
+            typed = unicodedata.normalize("NFC", password[:4097])  # slow if long; 1,024 decompose to 4,096 at most
+            if check_password_hash(hash or _NO_HASH, typed) and hash:
                 self._wrong.pop((client, name[:65]), None)  # one's own login is no licence to guess other names
                 return True
             self._count(limits)
@@ -915,6 +916,8 @@ _NO_HASH = "scrypt:32768:8:1$none$" + "0" * 128  # of no password, as slow to ch
 
 def _network(address: str) -> str:
     """What one client owns: an IPv4 address, or the /64 around an IPv6 address."""
+    if match := re.fullmatch(r"\[(.*)\](?::\d+)?|([\d.]+):\d+", address):  # some proxies add the port
+        address = match[1] or match[2]
     with suppress(ValueError):
         ip = ipaddress.IPv6Address(address)
         return str(ip.ipv4_mapped or ipaddress.ip_network((ip, 64), strict=False))
@@ -1292,10 +1295,11 @@ def create_item(request: Request, resource: Resource) -> Reply:
     """Create an item under the next id"""
     item = dict(request.parse(resource.parser))
     with request.write() as data:
-        number = counter(data, resource)["last"] + 1
-        while (id := f"{resource.item}{number}") in data[resource.name]:
+        counts, limit = counter(data, resource), request.service.settings.max_items
+        number = counts["last"] + 1
+        while (id := f"{resource.item}{number}") in data[resource.name] and counts["count"] < limit:
             number += 1
-        add_item(data, resource, id, item, request.service.settings.max_items, number)
+        add_item(data, resource, id, item, limit, number)
     return item, 201, {"Location": f"{request.prefix}/{resource.name}/{id}", "ETag": etag(item)}
 
 def read_item(request: Request, resource: Resource, id: str) -> Reply:

@@ -36,6 +36,7 @@ import tempfile
 import threading
 import time
 import tomllib
+import unicodedata
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -339,6 +340,7 @@ SETTINGS_REFUSED_UNSEEN = [  # what may hold a secret is not repeated
     ("secret_key", f"{SECRET},hunter2"),
     ("secret_key", f"hunter2,{SECRET}"),
     ("secret_key", ","),
+    ("secret_key", ",hunter2" + "x" * 23 + ","),
     ("secret_key", "   "),
     ("store_url", "mysql://alice:hunter2@db/todos"),
     ("store_url", "alice:hunter2"),
@@ -670,6 +672,8 @@ ARG_LOCATIONS = [
         sent_parts(("n", "a.txt", "hi")), {"n": ArgUpload("a.txt", b"hi")}),
     arg_case("files gives the upload with type=FileStorage", arg_n(location="files", type=FileStorage),
         sent_parts(("n", "a", "hi")), {"n": ArgUpload("a", b"hi")}),
+    arg_case("a float of many digits and a letter is refused at once", arg_n(type=float),
+        sent_form("n=" + "1" * 30_000 + "x"), "Must be a number"),
     arg_case("text is no upload", arg_n(type=FileStorage), sent_form("n=x"), "Must be a file"),
     arg_case("files gives the upload to any other type", arg_n(location="files", type=lambda file: file.filename),
         sent_parts(("n", "a", "hi")), {"n": "a"}),
@@ -3923,6 +3927,39 @@ def test_an_odd_address_is_an_address_too(http_api: Api, address: str) -> None:
     http_fail(http_api, 10, address=address)
     assert http_try(http_api, "alice", PASSWORD, address).status_code == 429
     assert http_try(http_api, "alice", PASSWORD).status_code == 200
+
+
+@pytest.mark.parametrize("address", ["192.0.2.1:{}", "[2001:db8::1]:{}"])
+def test_an_address_with_a_port_is_counted_without_it(http_api: Api, address: str) -> None:
+    http_member(http_api)
+    for port in range(10):
+        http_fail(http_api, 1, address=address.format(1_000 + port))
+    assert http_try(http_api, "alice", PASSWORD, address.format(2_000)).status_code == 429
+
+
+def test_a_password_that_is_slow_to_compose_is_refused_like_any_other(http_api: Api) -> None:
+    """Composing 64 KB of marks in the wrong order takes seconds, in which no other thread runs."""
+    http_member(http_api)
+    start = time.thread_time()
+    form = {"grant_type": "password", "username": "alice", "password": "a" + "\u0301" * 16_000 + "\u0323" * 16_000}
+    body = json.dumps(form, ensure_ascii=False).encode()
+    answer = http_api.call("POST", "/token", data=body, content_type=HTTP_JSON)
+    assert (answer.status_code, answer.json["error"]) == (400, "invalid_grant")
+    spent, start = time.thread_time() - start, time.thread_time()
+    generate_password_hash("x" * 15)
+    assert spent < 5 * (time.thread_time() - start), "what hashing takes is the measure"
+
+
+def test_a_long_password_in_any_composition_is_the_same_password(http_api: Api) -> None:
+    composed = "\u1f82" * 1_024  # each one decomposes into four
+    assert http_api.call("POST", "/users", json={"username": "greek", "password": composed}).status_code == 201
+    assert http_try(http_api, "greek", unicodedata.normalize("NFD", composed)).status_code == 200
+
+
+def test_the_log_keeps_the_beginning_of_a_long_name(http_api: Api, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    http_try(http_api, "\U000e0001" * 5_000)
+    assert 0 < max(map(len, caplog.messages)) < 1_000
 
 
 def test_however_many_addresses_fail_what_is_remembered_is_bounded() -> None:
