@@ -107,9 +107,12 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, (pattern, right, example) in _RULES.items():
-            text = str(getattr(self, name)).encode("utf-8", "surrogateescape").decode("latin-1")
+            value = getattr(self, name)
+            if isinstance(value, list | tuple):
+                object.__setattr__(self, name, value := ",".join(value))
+            text = str(value).encode("utf-8", "surrogateescape").decode("latin-1")
             if not re.fullmatch(pattern, text, re.ASCII):
-                found = "" if name in ("secret_key", "store_url") else f" {getattr(self, name)!r}"
+                found = "" if name in ("secret_key", "store_url") else f" {value!r}"
                 right += ", for example " + (example or secrets.token_hex(32))
                 raise ValueError(f"SERVICE_{name.upper()}{found} cannot be: it must be {right}")
             if isinstance(getattr(Settings, name), int):
@@ -848,7 +851,7 @@ def renew_session(data: Data, sid: str, gen: int, now: float, grace: int) -> dic
         return None
     if gen == session["gen"]:
         data["sessions"][sid] = session = {**session, "gen": gen + 1, "rotated_at": now}
-    elif gen != session["gen"] - 1 or abs(now - session["rotated_at"]) >= grace:
+    elif gen != session["gen"] - 1 or not grace or abs(now - session["rotated_at"]) > grace:
         del data["sessions"][sid]
         return None
     return dict(session)  # within the grace, two tabs or a lost answer get the same successor

@@ -421,6 +421,11 @@ def test_the_audience_is_a_comma_list(store: Any, audience: str, expected: list[
     assert api.call("GET", "/todos", token).status_code == 200
 
 
+def test_a_list_will_do_for_a_comma_list() -> None:
+    settings = service.Settings(audience=["a", "b"], secret_key=("x" * 32, SECRET))  # type: ignore[arg-type]
+    assert (settings.audience, settings.secret_key) == ("a,b", f"{'x' * 32},{SECRET}")
+
+
 def test_settings_come_from_the_variables_with_the_prefix() -> None:
     given = {"SERVICE_ACCESS_TTL": "60", "SERVICE_SIGNUP": "closed", "PROXIES": "3"}
     settings = service.Settings.from_environ(given)
@@ -2098,7 +2103,7 @@ def test_a_refresh_takes_json_too_and_asks_for_no_access_token(api: Api) -> None
     assert api.call("POST", "/token", "junk", json=body).status_code == 200
 
 
-@pytest.mark.parametrize("wait", [0, 5, 9.999])
+@pytest.mark.parametrize("wait", [0, 5, 9.999, 10])
 def test_within_the_grace_a_superseded_token_gives_the_same_successor_and_writes_nothing(
     api: Api, clock: Clock, wait: float
 ) -> None:
