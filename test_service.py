@@ -7996,3 +7996,36 @@ def test_the_backup_of_a_running_store_is_the_whole_store(tmp_path: Path) -> Non
     for each in (store, copy):
         assert isinstance(each, service.SQLStore)
         each.close()
+
+
+def test_pg_dump_takes_a_backup_that_pg_restore_reads(postgres: Postgres, tmp_path: Path) -> None:
+    (options,) = re.findall(r"pg_dump (.+) postgresql://", README)
+    store = service.open_store(postgres.url)
+    with store.write("alice") as data:
+        data["todos"]["todo1"] = {"task": "back up"}
+    store.close()
+    subprocess.run([postgres.bin / "pg_dump", *options.split(), postgres.url], cwd=tmp_path, check=True)
+    restored = subprocess.check_output([postgres.bin / "pg_restore", "-f", "-", "backup.dump"], cwd=tmp_path, text=True)
+    assert "back up" in restored
+
+
+def test_one_login_opens_another_service_as_the_readme_shows_it(tmp_path: Path) -> None:
+    for name in ("service.py", "gunicorn.conf.py"):
+        shutil.copy(FOLDER / name, tmp_path)
+    key, export = re.findall(r"(?m)^\.venv/bin/python (service\.py genkey)\nexport (.+)$", README)[0]
+    subprocess.run([sys.executable, *key.split()], cwd=tmp_path, check=True, env=clean_environ())
+    (snippet,) = re.findall(r"(?ms)^app = service\.guard\(.*?\)$", README)
+    with Gunicorn(folder=tmp_path, **dict(part.split("=", 1) for part in export.split())) as server:
+        server.ask("POST", "/users", username="alice", password=PASSWORD)
+        pair = server.ask("POST", "/token", grant_type="password", username="alice", password=PASSWORD).json
+
+        def inner(environ: Any, start_response: Any) -> list[bytes]:
+            start_response("200 OK", [("Content-Type", "text/plain")])
+            return [environ.get("REMOTE_USER", "nobody").encode()]
+
+        names = {"service": service, "app": inner}
+        exec(snippet.replace("http://localhost:5000/.well-known", f"http://127.0.0.1:{server.port}/.well-known"), names)
+        client = Client(names["app"])
+        assert client.get("/", headers={"Authorization": f"Bearer {pair['access_token']}"}).text == "alice"
+        assert client.get("/").status_code == 401
+        assert client.get("/health").text == "nobody"
