@@ -77,7 +77,7 @@ _RULES = {  # setting: (pattern of its UTF-8 bytes, what that means, an example)
     "refresh_grace": (r"[0-9]{1,3}", "seconds, 0 to 999", "10"),
     "signup": (r"open|closed", "open or closed", "closed"),
     "issuer": (r"https?://[^\s/?#,\"\\]+[^\s?#,\"\\]*", "the URL that clients use", "https://todo.example"),
-    "audience": (r"(\s*[^\s\",\\]{1,200}\s*(,|$)){0,10}", "names with commas between", "https://todo.example,https://shop.example"),
+    "audience": (r"(\s*[^\s\",\\]{1,200}\s*(,|$)){0,10}", "names with commas between", "https://todo.example"),
     "cors_origins": (r"\*|(\s*https?://[^\s/?#,]+\s*(,|$))*", "* or origins with commas", "https://app.example"),
     "signing_key_file": (r"[^\0]*", "PEM files with commas between", "/etc/todo/ed25519.pem"),
     "max_body": (r"[1-9][0-9]{2,8}", "bytes, 100 to 999999999", "65536"),
@@ -388,8 +388,7 @@ def _part(request: werkzeug.Request, place: str) -> Any:
         value = json.loads(body.decode() or "{}", parse_constant=number, parse_float=number, object_pairs_hook=_members)
         json.dumps(value, ensure_ascii=False).encode()  # what could not be written out again is not let in
     except (ValueError, RecursionError):
-        what = "JSON body" if place == "json" else "query string"
-        raise Refusal(message=f"The {what} could not be read") from None
+        raise Refusal(message=f"T{_WORDS[place][1:]} could not be read") from None
     if not isinstance(value, dict):
         raise Refusal(message="The JSON body must be an object")
     return value
@@ -944,7 +943,7 @@ class Service(NamedTuple):
     passwords: Passwords
     resources: list[Resource]
     routes: Map
-    answers: Mapping[View, Answers]
+    answers: Mapping[View, Answers]  # what OpenAPI says of our own views
     clock: Clock
 
 class Request(werkzeug.Request):
@@ -1033,10 +1032,10 @@ def conditional(request: Request, value: Any, **headers: str) -> Reply:
     """A representation with its ETag; 304 if the client has it."""
     body = to_json(value)
     headers["ETag"] = etag(body)
-    return (None, 304, headers) if is_known(request, headers["ETag"]) else (body, 200, headers)
+    return (None, 304, headers) if check_preconditions(request, headers["ETag"]) else (body, 200, headers)
 
-def is_known(request: Request, tag: str | None) -> bool:
-    """Does the client know what is there now (None: nothing)? 412 where that forbids to go on (RFC 9110 §13.2.2)."""
+def check_preconditions(request: Request, tag: str | None) -> bool:
+    """412 unless the request means what is there now (None: nothing); whether 304 is all there is to say (§13.2.2)."""
     match, none_match = request.environ.get("HTTP_IF_MATCH"), request.environ.get("HTTP_IF_NONE_MATCH")
     if match is not None and not _names(match, tag, weakly=False):
         raise http.PreconditionFailed("If-Match does not name what is there now")
@@ -1318,7 +1317,7 @@ def put_item(request: Request, resource: Resource, id: str) -> Reply:
     item = dict(request.parse(resource.parser))
     with request.write() as data:
         current = data[resource.name].get(id)
-        is_known(request, None if current is None else etag(current))
+        check_preconditions(request, None if current is None else etag(current))
         if current is None:
             add_item(data, resource, id, item, request.service.settings.max_items)
         else:
@@ -1330,7 +1329,7 @@ def update_item(request: Request, resource: Resource, id: str) -> Reply:
     changes = request.parse(resource.changes)
     with request.write() as data:
         item = existing_item(data, resource, id)
-        is_known(request, etag(item))
+        check_preconditions(request, etag(item))
         if changes:
             data[resource.name][id] = item = {**item, **changes}
     return item, 200, {"ETag": etag(item)}
@@ -1338,7 +1337,7 @@ def update_item(request: Request, resource: Resource, id: str) -> Reply:
 def delete_item(request: Request, resource: Resource, id: str) -> Reply:
     """Delete an item; its id is not given again"""
     with request.write() as data:
-        is_known(request, etag(existing_item(data, resource, id)))
+        check_preconditions(request, etag(existing_item(data, resource, id)))
         del data[resource.name][id]
         counts = counter(data, resource)
         data["counters"][resource.name] = {**counts, "count": counts["count"] - 1}
@@ -1421,13 +1420,14 @@ def _operation(rule: Rule, answers: Answers, variables: list[str]) -> dict[str, 
     where: list[Any] = [("path", each, True, id) for each in variables]
     where += [("query", it.name, it.required, it.schema()) for each in sent for it in each if "args" in it.places]
     where += [("header", each, False, _TAGS) for each in ("If-Match", "If-None-Match") if "412" in others]
+    bearer: list[dict[str, Any]] = [{"login": []}, {"bearer": []}] if "401" in others or not others else []
     operation: dict[str, Any] = {
         "operationId": re.sub(r"\W+", "_", re.sub("items?$", lambda found: words.get(found[0], found[0]), name)),
         "summary": (view.__doc__ or "").split("\n")[0], "tags": [words.get("items", "service")],
-        "security": [{"login": []}, {"bearer": []}] * ("401" in others or not others) + [{}] * (not others),
+        "security": bearer if others else [*bearer, {}],  # an embedder's view may ask for a bearer or not
         "parameters": [dict(zip(("in", "name", "required", "schema"), each, strict=True)) for each in where],
         "responses": {status: _answer(status, schema, *headers)}
-        | {code: _answer(code, error * (code > "4"), _HEADERS.get(code, "")) for code in others.split()},
+        | {code: _answer(code, error if code > "4" else "", _HEADERS.get(code, "")) for code in others.split()},
     }  # fmt: skip
     if shapes := [shape for shape in (object_schema(each, examples) for each in sent) if shape["properties"]]:
         body = {"schema": {"oneOf": shapes} if shapes[1:] else shapes[0], "example": shapes[0]["examples"][0]}
