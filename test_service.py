@@ -4876,6 +4876,32 @@ def test_the_development_server_answers_and_ends_with_its_reloader() -> None:
         assert re.search("sign-up.*'alice'", text)
 
 
+def test_the_development_server_starts_anew_when_the_file_changes(tmp_path: Path) -> None:
+    shutil.copy(FOLDER / "service.py", tmp_path)
+    server = Gunicorn()
+    server.port = free_port()
+    with tempfile.TemporaryFile() as log, subprocess.Popen(
+        [sys.executable, "service.py", "--port", str(server.port)], cwd=tmp_path, env=clean_environ(),
+        stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            server.wait_until_healthy()
+            assert server.ask("POST", "/users", username="alice", password=PASSWORD).status == 201
+            with (tmp_path / "service.py").open("a") as file:
+                file.write("# changed\n")
+            # The new process has a new memory, in which the name is free again.
+            eventually(lambda: server.ask("POST", "/users", username="alice", password=PASSWORD).status == 201)
+        finally:
+            os.killpg(process.pid, signal.SIGINT)
+        process.wait(timeout=20)
+        eventually(lambda: not is_running(-process.pid))
+
+
+def test_no_control_socket_is_opened(tmp_path: Path) -> None:
+    with Gunicorn(HOME=str(tmp_path), XDG_RUNTIME_DIR=str(tmp_path)):
+        assert [path for path in tmp_path.rglob("*") if path.is_socket()] == []
+
+
 def test_the_development_server_too_ends_with_one_line_for_a_bad_setting() -> None:
     ended = subprocess.run(
         [sys.executable, "service.py"], cwd=FOLDER, env=clean_environ(SERVICE_REFRESH_TTL="0"),
