@@ -1,6 +1,7 @@
-"""What the tests share that need more than Python: real servers, a real PostgreSQL, a real browser.
+"""What tests share that need more than Python: real servers, PostgreSQL, a browser.
 
-Everything listens on 127.0.0.1 or on a socket in a temporary folder, and is ended by whoever started it.
+Everything listens on 127.0.0.1 or on a socket in a temporary folder, and is ended by
+whoever started it.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def eventually(condition: Callable[[], Any], seconds: float = 20) -> Any:
 
 
 def free_port() -> int:
-    """A port below those that the system gives to clients, so that no connection takes it."""
+    """A port below those that the system gives to clients: none of them takes it."""
     while True:
         with socket.socket() as listener, suppress(OSError):
             listener.bind(
@@ -64,7 +65,7 @@ def is_running(pid: int) -> bool:
 
 
 def clean_environ(**environ: str) -> dict[str, str]:
-    """This process's environment without what would change a server, and with what is given."""
+    """Our own environment without what would change a server, and with what is given."""
     ours = "SERVICE_ GUNICORN_ PORT WEB_CONCURRENCY SCRIPT_NAME FORWARDED_ WERKZEUG_"
     kept = {
         name: text
@@ -114,9 +115,9 @@ def ask(
 
 
 class serve:
-    """A server in a process group of its own, on a free port: plain gunicorn, or any command.
+    """A server on a free port in its own process group: gunicorn, or any command.
 
-    with serve("-k", "gevent", SERVICE_STORE_URL=url, SERVICE_SECRET_KEY=SECRET) as server:
+    with serve("-k", "gevent", SERVICE_MAX_ITEMS="9") as server:
         token = server.user("alice")
         assert server("POST /todos", token, task="x").status == 201
 
@@ -200,7 +201,7 @@ class serve:
         headers: Mapping[str, str] | None = None,
         **form: str,
     ) -> Answer:
-        """A request: "POST /todos", a bearer's token, a body as JSON, as it is, or as a form."""
+        """A request: "POST /todos", a bearer's token, a body (JSON, as it is, a form)."""
         method, _, path = line.partition(" ")
         sent = dict(headers or {})
         if token is not None:
@@ -268,13 +269,13 @@ def server() -> Iterator[serve]:
 
 
 class Postgres:
-    """A PostgreSQL of one's own in a temporary folder, from the binaries that come by pip.
+    """A PostgreSQL of one's own in a temporary folder, from binaries that come by pip.
 
     It can be stopped, crashed, and started again at the same address, a socket in that
-    folder. Its package is not imported: that would open the permissions of folders above.
+    folder. Its package is not imported: that opens the permissions of folders above.
     """
 
-    # The shell stops the server when its input ends: however the tests end, kill -9 too.
+    # The shell stops the server when its input ends, so however the tests end.
     WATCH = '"$@" & read how; kill -${how:-INT} $!; wait $!'
 
     def __init__(self, *options: str) -> None:
@@ -316,7 +317,7 @@ class Postgres:
         """Start it, and wait until it accepts connections."""
 
         def accepts() -> bool:
-            # A killed server's children may live on for a moment, and stop the next one.
+            # A killed server's children may live on a moment, and stop the next one.
             if self.process is None or self.process.poll() is not None:
                 self.spawn()
             with suppress(psycopg.OperationalError):
@@ -362,7 +363,7 @@ def postgres() -> Iterator[Postgres]:
 
 @pytest.fixture(scope="session")
 def database_url(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A database for the tests of this process: at SERVICE_TEST_POSTGRES_URL, or at our own server."""
+    """One for this process's tests: of SERVICE_TEST_POSTGRES_URL, or of our own server."""
     given = os.environ.get("SERVICE_TEST_POSTGRES_URL")
     if not given:
         yield request.getfixturevalue("postgres").url
@@ -402,7 +403,7 @@ def store(store_url: str) -> Any:
 
 
 class Browser:
-    """A headless Chromium that finds 127.0.0.1 and no other host, and notes what goes wrong."""
+    """A headless Chromium that finds no host but 127.0.0.1, and notes what goes wrong."""
 
     FLAGS = (
         "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run"
@@ -434,7 +435,7 @@ class Browser:
         self.driver.set_script_timeout(30)
 
     def open(self, url: str, width: int = 1280) -> None:
-        """A page; narrow ones are shown as a phone shows them, viewport line and all."""
+        """A page; a narrow one as a phone shows it, viewport line and all."""
         self.complaints(), self.hosts()  # those of the test before
         size = {"width": width, "height": 1600, "deviceScaleFactor": 1}
         self.driver.execute_cdp_cmd(
@@ -463,7 +464,7 @@ class Browser:
         self.see(css).send_keys(text)
 
     def run(self, script: str, *arguments: Any) -> Any:
-        """What an async JavaScript function's body returns, or the name of what it throws."""
+        """What this async function's body returns, or the name of what it throws."""
         return self.driver.execute_async_script(
             "const done = arguments[arguments.length - 1];"
             f"(async (...given) => {{{script}}})(...arguments)"
@@ -472,7 +473,7 @@ class Browser:
         )
 
     def complaints(self) -> list[str]:
-        """What stands in the console since the last call: errors, violations of policies."""
+        """What the console says since the last call: errors, violations of policies."""
         entries = self.driver.get_log("browser")
         bad = ("SEVERE", "WARNING")
         return [entry["message"] for entry in entries if entry["level"] in bad]
