@@ -23,18 +23,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlencode, urlsplit
 
 import psycopg
 import pytest
+from werkzeug.datastructures import Headers
 
 import service
+from test_service import FORM, JSON, PASSWORD, Answer
+from test_service import alice as alice
+from test_service import world as world
 
 ROOT = Path(service.__file__).parent
-PASSWORD = "correct horse battery"
-SECRET = "0123456789abcdef0123456789abcdef"
-FORM, JSON = "application/x-www-form-urlencoded", "application/json"
 
 
 def eventually(condition: Callable[[], Any], seconds: float = 20) -> Any:
@@ -65,7 +66,7 @@ def is_running(pid: int) -> bool:
 
 
 def clean_environ(**environ: str) -> dict[str, str]:
-    """Our own environment without what would change a server, and with what is given."""
+    """Our environment without what would change a server, and with what is given."""
     ours = "SERVICE_ GUNICORN_ PORT WEB_CONCURRENCY SCRIPT_NAME FORWARDED_ WERKZEUG_"
     kept = {
         name: text
@@ -78,38 +79,22 @@ def clean_environ(**environ: str) -> dict[str, str]:
 # ---- Servers ------------------------------------------------------------------------
 
 
-class Answer(NamedTuple):
-    """What came over the wire; status 0 when nothing did."""
-
-    status: int
-    headers: http.client.HTTPMessage
-    body: bytes
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.body)
-
-    @property
-    def text(self) -> str:
-        return self.body.decode()
-
-
 def ask(
     url: str,
     method: str = "GET",
     body: bytes | str | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> Answer:
-    """One request on a connection of its own."""
+    """One request on a connection of its own; status 0 if nothing came back."""
     parts = urlsplit(url)
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     connection = http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=30)
     try:
         connection.request(method, target, body, dict(headers or {}))
         answer = connection.getresponse()
-        return Answer(answer.status, answer.headers, answer.read())
+        return Answer(answer.status, Headers(answer.getheaders()), answer.read())
     except (OSError, http.client.HTTPException):
-        return Answer(0, http.client.HTTPMessage(), b"")
+        return Answer(0, Headers(), b"")
     finally:
         connection.close()
 
@@ -201,7 +186,7 @@ class serve:
         headers: Mapping[str, str] | None = None,
         **form: str,
     ) -> Answer:
-        """A request: "POST /todos", a bearer's token, a body (JSON, as it is, a form)."""
+        """A request such as "POST /todos", with a bearer's token and one kind of body."""
         method, _, path = line.partition(" ")
         sent = dict(headers or {})
         if token is not None:
@@ -363,7 +348,7 @@ def postgres() -> Iterator[Postgres]:
 
 @pytest.fixture(scope="session")
 def database_url(request: pytest.FixtureRequest) -> Iterator[str]:
-    """One for this process's tests: of SERVICE_TEST_POSTGRES_URL, or of our own server."""
+    """A database of SERVICE_TEST_POSTGRES_URL for this process, or of our server."""
     given = os.environ.get("SERVICE_TEST_POSTGRES_URL")
     if not given:
         yield request.getfixturevalue("postgres").url
@@ -403,7 +388,7 @@ def store(store_url: str) -> Any:
 
 
 class Browser:
-    """A headless Chromium that finds no host but 127.0.0.1, and notes what goes wrong."""
+    """A headless Chromium that finds no host but 127.0.0.1 and notes complaints."""
 
     FLAGS = (
         "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run"
