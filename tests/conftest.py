@@ -106,7 +106,7 @@ class serve:
         token = server.user("alice")
         assert server("POST /todos", token, task="x").status == 201
 
-    Words of a command may hold {port}; PORT is in the environment as well.
+    Words of a command and of the environment may hold {port}; PORT is set as well.
     """
 
     def __init__(
@@ -125,7 +125,11 @@ class serve:
             word.replace("{port}", str(self.port)) for word in (*python, *flags)
         ]
         self.folder, self.ready = folder, ready
-        self.environ = clean_environ(**{"PORT": str(self.port)} | environ)
+        given = {
+            name: word.replace("{port}", str(self.port))
+            for name, word in environ.items()
+        }
+        self.environ = clean_environ(**{"PORT": str(self.port)} | given)
 
     def __enter__(self) -> serve:
         self._log = tempfile.TemporaryFile()
@@ -186,7 +190,7 @@ class serve:
         headers: Mapping[str, str] | None = None,
         **form: str,
     ) -> Answer:
-        """A request such as "POST /todos", with a bearer's token and one kind of body."""
+        """A request such as "POST /todos", with a bearer's token, and a body."""
         method, _, path = line.partition(" ")
         sent = dict(headers or {})
         if token is not None:
