@@ -1,5 +1,7 @@
-"""The service under /api of a Django project (here a whole project in one file), in one process.
-Run it: `python examples/django_mount.py`, then `curl localhost:8000/api/health`.
+"""The service under /api of a Django project (here a whole one in one file).
+
+Run it: python examples/django_mount.py
+Then: curl localhost:8000/api/health
 """
 
 import os
@@ -20,8 +22,14 @@ def home(request: HttpRequest) -> HttpResponse:
 
 
 urlpatterns = [path("", home)]
-settings.configure(ROOT_URLCONF=__name__, SECRET_KEY=secrets.token_hex(32), ALLOWED_HOSTS=["localhost", "127.0.0.1"])
-app = DispatcherMiddleware(get_wsgi_application(), {"/api": service.create_app()})  # for a project's wsgi.py
+settings.configure(
+    ROOT_URLCONF=__name__,
+    SECRET_KEY=secrets.token_hex(32),
+    ALLOWED_HOSTS=["localhost", "127.0.0.1"],
+)
+app = DispatcherMiddleware(
+    get_wsgi_application(), {"/api": service.create_app()}
+)  # for a project's wsgi.py
 
 if __name__ == "__main__":
     run_simple("127.0.0.1", int(os.environ.get("PORT", "8000")), app, threaded=True)

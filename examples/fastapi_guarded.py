@@ -1,5 +1,6 @@
-"""A FastAPI app on a port of its own that a login at the service opens: ASGI within a WSGI server, by a2wsgi.
-Run it: `ISSUER=http://localhost:5000 python examples/fastapi_guarded.py` (README: One login, many services).
+"""A FastAPI app that a login at the service opens: a2wsgi makes a WSGI app of it.
+
+Run it: ISSUER=http://localhost:5000 python examples/fastapi_guarded.py
 """
 
 import os
@@ -12,7 +13,8 @@ from werkzeug.serving import run_simple
 import service
 
 ISSUER = os.environ.get("ISSUER", "http://localhost:5000")
-AUDIENCE = os.environ.get("AUDIENCE", "http://localhost:8000")  # one of the issuer's SERVICE_AUDIENCE
+# One of those that the service names in its SERVICE_AUDIENCE.
+AUDIENCE = os.environ.get("AUDIENCE", "http://localhost:8000")
 
 api = FastAPI()
 
@@ -29,9 +31,12 @@ async def health(request: Request) -> dict[str, Any]:
 
 
 app = service.guard(
-    ASGIMiddleware(api), issuer=ISSUER, audience=AUDIENCE, jwks_url=f"{ISSUER}/.well-known/jwks.json",
+    ASGIMiddleware(api),
+    issuer=ISSUER,
+    audience=AUDIENCE,
+    jwks_url=f"{ISSUER}/.well-known/jwks.json",
     open_paths=["/health"],
-)  # fmt: skip
+)
 
 if __name__ == "__main__":
     run_simple("127.0.0.1", int(os.environ.get("PORT", "8000")), app, threaded=True)

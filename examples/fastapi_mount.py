@@ -1,5 +1,7 @@
-"""The service under /api of a FastAPI app, in one process: a2wsgi runs the WSGI service in threads of its own.
-Run it: `cd examples && gunicorn -k asgi fastapi_mount:app`, then `curl localhost:8000/api/health`.
+"""The service under /api of a FastAPI app: a2wsgi runs it in threads of its own.
+
+Run it: cd examples && gunicorn -k asgi fastapi_mount:app
+Then: curl localhost:8000/api/health
 """
 
 from a2wsgi import WSGIMiddleware

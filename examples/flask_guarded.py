@@ -1,5 +1,6 @@
-"""A Flask app on a port of its own that a login at the service opens; public keys are all it knows of it.
-Run it: `ISSUER=http://localhost:5000 python examples/flask_guarded.py` (README: One login, many services).
+"""A Flask app that a login at the service opens: all it knows of it is its keys.
+
+Run it: ISSUER=http://localhost:5000 python examples/flask_guarded.py
 """
 
 import os
@@ -10,14 +11,18 @@ from werkzeug.serving import run_simple
 import service
 
 ISSUER = os.environ.get("ISSUER", "http://localhost:5000")
-AUDIENCE = os.environ.get("AUDIENCE", "http://localhost:8000")  # one of the issuer's SERVICE_AUDIENCE
+# One of those that the service names in its SERVICE_AUDIENCE.
+AUDIENCE = os.environ.get("AUDIENCE", "http://localhost:8000")
 
 app = Flask(__name__)
 
 
 @app.get("/")
 def who() -> dict[str, str]:
-    return {"user": request.environ["REMOTE_USER"], "session": request.environ["service.claims"]["sid"]}
+    return {
+        "user": request.environ["REMOTE_USER"],
+        "session": request.environ["service.claims"]["sid"],
+    }
 
 
 @app.get("/health")
@@ -26,7 +31,11 @@ def health() -> dict[str, str | None]:
 
 
 app.wsgi_app = service.guard(  # type: ignore[method-assign]
-    app.wsgi_app, issuer=ISSUER, audience=AUDIENCE, jwks_url=f"{ISSUER}/.well-known/jwks.json", open_paths=["/health"]
+    app.wsgi_app,
+    issuer=ISSUER,
+    audience=AUDIENCE,
+    jwks_url=f"{ISSUER}/.well-known/jwks.json",
+    open_paths=["/health"],
 )
 
 if __name__ == "__main__":

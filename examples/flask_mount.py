@@ -1,5 +1,7 @@
-"""The service under /api of a Flask app, in one process: the app's pages and the API share one address.
-Run it: `python examples/flask_mount.py`, then `curl localhost:8000/api/health`.
+"""The service under /api of a Flask app: its pages and the API share one address.
+
+Run it: python examples/flask_mount.py
+Then: curl localhost:8000/api/health
 """
 
 import os
