@@ -219,7 +219,11 @@ class serve:
     def send(self, wire: bytes) -> socket.socket:
         """A new connection over which these bytes have gone."""
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=30)
-        connection.sendall(wire)
+        try:
+            connection.sendall(wire)
+        except OSError:
+            connection.close()
+            raise
         return connection
 
     def exchange(self, wire: bytes) -> bytes:

@@ -1,0 +1,735 @@
+"""What only a server shows: bytes on the wire, processes, signals, the log, the README.
+
+gunicorn with either worker is how the service runs; what it owes to any server is shown
+under Granian and waitress as well.
+"""
+
+from __future__ import annotations
+
+import ast
+import http.client
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from urllib.parse import urlencode
+
+import pytest
+from conftest import ROOT, clean_environ, eventually, is_running, run, serve
+from gunicorn.config import Config
+
+from test_service import FORM, JSON, PASSWORD, SECRET, Answer, together
+
+BIN = Path(sys.executable).parent
+GUNICORNS = ["gthread", "gevent"]
+SERVERS = {
+    "gthread": [str(BIN / "gunicorn"), "-k", "gthread"],
+    "gevent": [str(BIN / "gunicorn"), "-k", "gevent"],
+    "granian": [
+        *(str(BIN / "granian"), "--interface", "wsgi", "--host", "127.0.0.1"),
+        *("--port", "{port}", "--factory", "service:create_app"),
+    ],
+    "waitress": [
+        *(str(BIN / "waitress-serve"), "--listen", "127.0.0.1:{port}"),
+        *("--call", "service:create_app"),
+    ],
+}
+
+
+@pytest.fixture(scope="session")
+def start() -> Iterator[Callable[[str], serve]]:
+    """Each kind of server, started when it is first asked for, and left as it was."""
+    with ExitStack() as stack:
+        running: dict[str, serve] = {}
+
+        def started(kind: str) -> serve:
+            if kind not in running:
+                running[kind] = stack.enter_context(serve(command=SERVERS[kind]))
+            return running[kind]
+
+        yield started
+
+
+@pytest.fixture(params=SERVERS)
+def web(request: pytest.FixtureRequest, start: Callable[[str], serve]) -> serve:
+    return start(request.param)
+
+
+@pytest.fixture(params=GUNICORNS)
+def gunicorn(request: pytest.FixtureRequest, start: Callable[[str], serve]) -> serve:
+    return start(request.param)
+
+
+def read(wire: bytes) -> Answer:
+    """The one answer in these bytes; the body is all that follows, rightly or not."""
+    head, _, body = wire.partition(b"\r\n\r\n")
+    line, *lines = head.decode().split("\r\n")
+    headers = [line.split(": ", 1) for line in lines]
+    return Answer(int(line.split()[1]), dict(headers), body)  # type: ignore[arg-type]
+
+
+def wired(line: str, *headers: str, body: bytes = b"") -> bytes:
+    """A request as it goes over the wire, on a connection that ends with its answer."""
+    lines = [f"{line} HTTP/1.1", "Host: localhost", "Connection: close", *headers]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def bearer(server: serve, name: str = "wire") -> str:
+    return f"Authorization: Bearer {server.user(name)}"
+
+
+def chunked(*chunks: bytes) -> bytes:
+    return b"".join(b"%x\r\n%s\r\n" % (len(each), each) for each in (*chunks, b""))
+
+
+# ---- What any server shows ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [FORM, JSON])
+def test_the_transcript_goes_as_ever(web: serve, kind: str) -> None:
+    def send(line: str, token: str | None = None, **values: str) -> Answer:
+        if kind == JSON and values:
+            return web(line, token, json=values)
+        return web(line, token, **values)
+
+    account = {"username": f"transcript-{kind[-4:]}", "password": PASSWORD}
+    assert send("POST /users", **account).status == 201
+    pair = send("POST /token", grant_type="password", **account)
+    assert (pair.status, pair.headers["Cache-Control"]) == (200, "no-store")
+    token = pair.json["access_token"]
+    assert web("GET /todos", token).json == {
+        "todo1": {"task": "build an API"},
+        "todo2": {"task": "?????"},
+        "todo3": {"task": "profit!"},
+    }
+    assert web("GET /todos/todo3", token).json == {"task": "profit!"}
+    deleted = web("DELETE /todos/todo2", token)
+    assert (deleted.status, deleted.body) == (204, b"")
+    created = send("POST /todos", token, task="something new")
+    assert (created.status, created.json) == (201, {"task": "something new"})
+    assert created.headers["Location"] == "/todos/todo4"
+    replaced = send("PUT /todos/todo3", token, task="something different")
+    assert (replaced.status, replaced.json) == (201, {"task": "something different"})
+    missing = web("GET /todos/todo2", token)
+    assert (missing.status, missing.headers["Content-Type"]) == (404, JSON)
+    assert missing.json == {"message": "Todo todo2 doesn't exist"}
+    renewal = pair.json["refresh_token"]
+    renewed = send("POST /token", grant_type="refresh_token", refresh_token=renewal)
+    token = renewed.json["access_token"]
+    assert list(web("GET /todos", token).json) == ["todo1", "todo3", "todo4"]
+    assert send("POST /revoke", token=token).json == {}
+    assert web("GET /todos", token).status == 401
+
+
+def test_an_answer_without_a_body_ends_with_its_headers(web: serve) -> None:
+    who = bearer(web)
+    tag = read(web.exchange(wired("GET /todos/todo3", who))).headers["ETag"]
+    web.exchange(wired("PUT /todos/gone", who, "Content-Length: 0"))
+    for line, header, status in [
+        ("HEAD /todos/todo3", "X: y", 200),
+        ("HEAD /todos/todo9", "X: y", 404),
+        ("HEAD /nowhere", "X: y", 404),
+        ("GET /todos/todo3", f"If-None-Match: {tag}", 304),
+        ("PUT /todos/gone", f"Content-Type: {FORM}\r\nContent-Length: 6", 201),
+        ("DELETE /todos/gone", "X: y", 204),
+        ("OPTIONS /todos", "X: y", 204),
+    ]:
+        wire = web.exchange(wired(line, who, header, body=b"task=x" * (status == 201)))
+        assert (line, read(wire).status) == (line, status)
+        assert bool(read(wire).body) == (status == 201)
+
+
+def test_a_body_in_chunks_is_read_to_its_end_or_refused(web: serve) -> None:
+    who, kind = bearer(web), f"Content-Type: {FORM}"
+    body = chunked(b"task=in ", b"three ", b"parts")
+    headers = (who, kind, "Transfer-Encoding: chunked")
+    answer = read(web.exchange(wired("PUT /todos/parts", *headers, body=body)))
+    if answer.status != 411:
+        assert (answer.status, answer.json) == (201, {"task": "in three parts"})
+        body = chunked(b"task=" + b"x" * 1000, b"x" * 65_000)
+        answer = read(web.exchange(wired("PUT /todos/parts", *headers, body=body)))
+        assert (answer.status, list(answer.json)) == (413, ["message"])
+
+
+@pytest.mark.parametrize("size", [65_537, 1_000_000, 10_000_000])
+def test_whoever_sends_too_much_gets_to_read_the_answer(web: serve, size: int) -> None:
+    """Even a client that sends all of it before it reads anything."""
+    who, lengths = bearer(web), (f"Content-Length: {size}", f"Content-Type: {FORM}")
+    for line, header, status in [
+        ("POST /todos", who, 413),
+        ("POST /users", "X: y", 413),
+        ("POST /todos", "X: y", 401),
+        ("POST /nowhere", "X: y", 404),
+    ]:
+        wire = wired(line, header, *lengths, body=b"x" * size)
+        answer = read(web.exchange(wire))
+        assert (line, answer.status) == (line, status)
+        assert list(answer.json) == ["message"]
+
+
+def test_sigterm_ends_every_server_and_leaves_nothing(
+    start: Callable[[str], serve],
+) -> None:
+    for kind in SERVERS:
+        with serve(command=SERVERS[kind]) as server:
+            server.stop()
+            assert "Traceback" not in server.log
+            assert server("GET /health").status == 0
+            eventually(lambda pid=server.process.pid: not is_running(-pid))  # type: ignore[misc]
+
+
+# ---- gunicorn: bytes on the wire ----------------------------------------------------
+
+
+def test_a_length_over_the_limit_is_413_from_the_header_alone(gunicorn: serve) -> None:
+    lengths = ("Content-Length: 200000", f"Content-Type: {FORM}")
+    wire = wired("POST /todos", bearer(gunicorn), *lengths, body=b"x" * 1000)
+    with gunicorn.send(wire) as connection, connection.makefile("rb") as stream:
+        assert stream.readline().split()[1] == b"413"
+
+
+def test_http_1_1_needs_a_host_and_http_1_0_does_not(gunicorn: serve) -> None:
+    wire = b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n"
+    refused = read(gunicorn.exchange(wire))
+    assert (refused.status, list(refused.json)) == (400, ["message"])
+    wire = gunicorn.exchange(b"GET /health HTTP/1.0\r\n\r\n")
+    assert read(wire).json == {"status": "ok"}
+
+
+def test_a_connection_serves_one_request_after_the_other(gunicorn: serve) -> None:
+    headers = {"Authorization": f"Bearer {gunicorn.user('keeper')}"}
+    connection = http.client.HTTPConnection("127.0.0.1", gunicorn.port, timeout=30)
+    sockets = set()
+    for line, body, status in [
+        ("GET /health", "", 200),
+        ("GET /nowhere", "", 404),
+        ("PUT /todos/x", "task=x", 201),
+        ("POST /todos", "tusk=x", 400),
+        ("DELETE /todos/x", "", 204),
+        ("HEAD /todos", "", 200),
+        ("GET /todos/todo3", "", 200),
+    ]:
+        connection.request(*line.split(), body, headers | {"Content-Type": FORM})
+        sockets.add(connection.sock.getsockname())
+        with connection.getresponse() as answer:
+            assert (line, answer.status) == (line, status)
+            answer.read()
+    connection.close()
+    assert len(sockets) == 1
+
+
+def test_a_malformed_chunk_is_400(gunicorn: serve) -> None:
+    headers = (bearer(gunicorn), "Transfer-Encoding: chunked", f"Content-Type: {FORM}")
+    for size in (b"zz", b"-6", b"5", b"0x6"):
+        body = size + b"\r\ntask=x\r\n0\r\n\r\n"
+        wire = gunicorn.exchange(wired("POST /todos", *headers, body=body))
+        assert (size, read(wire).status) == (size, 400)
+
+
+def test_a_request_that_two_servers_could_read_differently_is_refused(
+    gunicorn: serve,
+) -> None:
+    smuggled = b"0\r\n\r\nGET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    for headers in [
+        ("Content-Length: 6", "Transfer-Encoding: chunked"),
+        ("Transfer-Encoding: chunked", "Transfer-Encoding: chunked"),
+        ("Transfer-Encoding: xchunked",),
+        ("Transfer-Encoding : chunked",),
+        ("Content-Length: 6", "Content-Length: 70"),
+        ("Content-Length: +6",),
+        ("Host: elsewhere",),
+    ]:
+        wire = gunicorn.exchange(wired("POST /todos", *headers, body=smuggled))
+        assert read(wire).status in (400, 501), headers
+        assert wire.count(b"HTTP/1.1 ") == 1
+        assert b'"status": "ok"' not in wire
+
+
+def test_no_request_line_is_a_server_error(gunicorn: serve) -> None:
+    who = bearer(gunicorn)
+    for line in (
+        "OPTIONS *|CONNECT example.org:80|GET http://example.org/health|GET /%ff%fe|"
+        "GET /%00|GET /todos/%f0%9f%90%8d?limit=%ff|GET /todos?limit=1&after=%00|"
+        "PROPFIND /todos|GET //todos|GET /todos/|get /health|GET /../../etc/passwd|"
+        f"TRACE /|GET /{'x' * 5000}|PUT /todos/.."
+    ).split("|"):
+        status = read(gunicorn.exchange(wired(line, who))).status
+        assert (line, 200 <= status < 500) == (line, True)
+
+
+def test_no_header_of_a_client_moves_the_service(gunicorn: serve) -> None:
+    forged = (
+        "SCRIPT_NAME: /evil",
+        "PATH_INFO: /health",
+        "X-Forwarded-Prefix: /evil",
+        "X-Forwarded-Host: evil",
+        "X-Forwarded-Proto: https",
+    )
+    kind = (f"Content-Type: {FORM}", "Content-Length: 6")
+    wire = wired("POST /todos", bearer(gunicorn), *forged, *kind, body=b"task=x")
+    answer = read(gunicorn.exchange(wire))
+    assert answer.status == 201
+    assert re.fullmatch(r"/todos/todo\d+", answer.headers["Location"])
+
+
+def test_a_mount_prefix_comes_from_the_environment() -> None:
+    with serve(SCRIPT_NAME="/api") as server:
+        assert server("GET /").json["openapi"] == "/api/openapi.json"
+        created = server("POST /todos", server.user("alice"), task="x")
+        assert created.headers["Location"] == "/api/todos/todo4"
+
+
+# ---- gunicorn: crowds and slow clients ----------------------------------------------
+
+STALLED = {
+    "idle": b"",
+    "one byte": b"G",
+    "half a head": b"POST /token HTTP/1.1\r\nHost: localhost\r\n",
+    "half a body": wired("POST /token", "Content-Length: 99", f"Content-Type: {FORM}"),
+    "no hanging up": wired("GET /health"),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "how", "count"),
+    [("gevent", how, 150) for how in STALLED]
+    + [("gthread", "idle", 150), ("gthread", "no hanging up", 50)],
+)
+def test_slow_clients_stop_nobody(
+    start: Callable[[str], serve], kind: str, how: str, count: int
+) -> None:
+    server = start(kind)
+    token = server.user("quick")
+    with ExitStack() as stack:
+        for _ in range(count):
+            stack.enter_context(server.send(STALLED[how]))
+        assert server("GET /todos/todo3", token).json == {"task": "profit!"}
+        assert server("PUT /todos/x", token, task="x").status == 201
+
+
+@pytest.mark.parametrize("kind", GUNICORNS)
+def test_more_connections_than_files_end_no_worker(kind: str) -> None:
+    few = f"ulimit -n 150; exec {sys.executable} -m gunicorn -k {kind}"
+    with serve(command=["bash", "-c", few]) as server:
+        workers = server.workers
+        with ExitStack() as stack:
+            for _ in range(200):
+                stack.enter_context(server.send(b""))
+        eventually(lambda: server("GET /health").status == 200)
+        assert server.workers == workers
+
+
+@pytest.mark.parametrize("kind", GUNICORNS)
+def test_a_rush_of_logins_leaves_room_for_everybody_else(kind: str) -> None:
+    with serve("-k", kind) as server:
+        token, read_meanwhile, statuses = server.user("alice"), 0, Counter[int]()
+        form = {"grant_type": "password", "username": "alice", "password": PASSWORD}
+
+        def log_in(number: int) -> None:
+            answer = server("POST /token", **form)
+            assert answer.status == 200 or "Retry-After" in answer.headers
+            statuses[answer.status] += 1
+
+        rush = threading.Thread(target=together, args=(64, log_in))
+        rush.start()
+        eventually(lambda: statuses)
+        while rush.is_alive():
+            assert server("GET /todos/todo3", token).status == 200
+            read_meanwhile += 1
+        assert sum(statuses.values()) == 64
+        assert statuses.keys() == {200, 503}
+        assert statuses[200] >= 18  # two hash, sixteen wait for them
+        assert read_meanwhile > 1
+
+
+# ---- gunicorn: the log --------------------------------------------------------------
+
+
+def test_the_log_tells_requests_and_events_and_no_secret() -> None:
+    with serve() as server:
+        form = {"grant_type": "password", "username": "logged"}
+        pair = (server.user("logged"), server.log_in("logged"))[1]
+        server("POST /token", **form, password="wrong horse battery")
+        server(f"POST /token?password={PASSWORD.replace(' ', '+')}", **form)
+        token, renewal = pair["access_token"], pair["refresh_token"]
+        server("POST /token", grant_type="refresh_token", refresh_token=renewal)
+        server(f"GET /todos?access_token={token}", token)
+        server("GET /todos/a%0a127.0.0.1%20forged", token)
+        server("POST /revoke", token=token)
+        log = eventually(lambda: "/revoke" in server.log and server.log)
+    for event in ("sign-up", "login", "failed login", "logout"):
+        assert re.search(rf"\[INFO\] {event}\b.*'logged'.*'127\.0\.0\.1'", log), event
+    line = r"(?m)^127\.0\.0\.1 \[.*\] {} \d+ bytes \d+ ms$"
+    assert re.search(line.format("POST '/users' 201"), log)
+    assert re.search(line.format("GET '/todos' 200"), log)
+    assert re.search(line.format(r"GET '/todos/a\\n127\.0\.0\.1 forged' 404"), log)
+    for secret in (
+        token,
+        renewal,
+        PASSWORD,
+        "correct+horse",
+        "wrong horse",
+        "access_t",
+    ):
+        assert secret not in log
+
+
+# ---- gunicorn: starting -------------------------------------------------------------
+
+
+def refused(*flags: str, **environ: str) -> str:
+    """The one line with which a gunicorn ends that does not start."""
+    command = (sys.executable, "-m", "gunicorn", *flags)
+    status, said = run(*command, **{"PORT": "0"} | environ)
+    assert (status, said.count("\n")) == (1, 1), said
+    return said
+
+
+BAD_STARTS = [
+    # flags, environment, what the line begins with
+    ("", {"PORT": "99999"}, "PORT "),
+    ("", {"PORT": "abc"}, "PORT "),
+    ("", {"PORT": "-1"}, "PORT "),
+    ("", {"WEB_CONCURRENCY": "0"}, "WEB_CONCURRENCY "),
+    ("", {"WEB_CONCURRENCY": "many"}, "WEB_CONCURRENCY "),
+    ("", {"WEB_CONCURRENCY": "2"}, "The memory store has one worker"),
+    ("-w 2", {}, "The memory store has one worker"),
+    ("-w 2 --preload", {}, "The memory store has one worker"),
+    ("--max-requests 100", {}, "The memory store has one worker"),
+    ("", {"GUNICORN_CMD_ARGS": "--workers=3"}, "The memory store has one worker"),
+    ("", {"SERVICE_ACCESS_TTL": "soon"}, "SERVICE_ACCESS_TTL "),
+    ("", {"SERVICE_SECRET_KEY": "too short"}, "SERVICE_SECRET_KEY "),
+    ("", {"SERVICE_STORE_URL": "carrier-pigeon://loft"}, "SERVICE_STORE_URL "),
+    ("", {"SERVICE_STORE_URL": "sqlite:///todo.db"}, "SERVICE_SECRET_KEY "),
+    (
+        "",
+        {"SERVICE_STORE_URL": "sqlite:////no/where.db", "SERVICE_SECRET_KEY": SECRET},
+        "SERVICE_STORE_URL ",
+    ),
+    ("", {"SERVICE_SIGNING_KEY_FILE": "/no/key.pem"}, "SERVICE_SIGNING_KEY_FILE "),
+    ("--check-config", {"SERVICE_MAX_BODY": "1"}, "SERVICE_MAX_BODY "),
+]
+
+
+@pytest.mark.parametrize(("flags", "environ", "beginning"), BAD_STARTS)
+def test_what_cannot_be_ends_the_start_with_one_line(
+    flags: str, environ: dict[str, str], beginning: str
+) -> None:
+    said = refused(*flags.split(), **environ)
+    assert said.startswith(beginning)
+    assert "too short" not in said
+
+
+@pytest.mark.parametrize(("port", "shown"), [("", "5000"), ("8123", "8123")])
+def test_it_listens_on_loopback_and_has_a_worker_for_each_core(
+    port: str, shown: str, tmp_path: Path
+) -> None:
+    database = {"SERVICE_STORE_URL": f"sqlite:///{tmp_path}/x.db"}
+    _, config = run(
+        *(sys.executable, "-m", "gunicorn", "--print-config"),
+        **{"PORT": port, "SERVICE_SECRET_KEY": SECRET} | database,
+    )
+    assert re.search(rf"(?m)^bind +.*'127\.0\.0\.1:{shown}'", config)
+    cores = len(os.sched_getaffinity(0))
+    assert re.search(rf"(?m)^workers += {cores}$", config)
+    assert (
+        list(tmp_path.iterdir()) == []
+    )  # nothing is made that workers could not write
+
+
+def test_every_public_name_of_the_configuration_that_gunicorn_reads_is_a_setting() -> (
+    None
+):
+    """gunicorn ignores a misspelt setting without a word."""
+    tree = ast.parse((ROOT / "gunicorn.conf.py").read_text())
+    names = set()
+    for node in tree.body:
+        if isinstance(node, ast.Assign):
+            for name in ast.walk(node.targets[0]):
+                if isinstance(name, ast.Name):
+                    names.add(name.id)
+        elif isinstance(node, ast.FunctionDef):
+            names.add(node.name)
+    settings = names & Config().settings.keys()
+    assert settings >= {
+        "accesslog",
+        "bind",
+        "control_socket_disable",
+        "forwarder_headers",
+        "graceful_timeout",
+        "keepalive",
+        "nworkers_changed",
+        "pre_exec",
+        "secure_scheme_headers",
+        "worker_class",
+        "worker_connections",
+        "wsgi_app",
+    }
+    source = (ROOT / "gunicorn.conf.py").read_text()
+    for name in names - settings:
+        assert len(re.findall(rf"\b{name}\b", source)) > 1, f"{name} is never read"
+
+
+def test_no_control_socket_is_opened(tmp_path: Path) -> None:
+    with serve(HOME=str(tmp_path), XDG_RUNTIME_DIR=str(tmp_path)):
+        assert not [path for path in tmp_path.rglob("*") if path.is_socket()]
+
+
+# ---- gunicorn: living on, and ending ------------------------------------------------
+
+
+def replace_worker(server: serve, how: Callable[[int], None]) -> None:
+    """Do what ends the one worker, and wait until another has taken its place."""
+    (worker,) = server.workers
+    how(worker)
+    eventually(lambda: not is_running(worker) and len(server.workers) == 1)
+    server.wait_until_ready()
+
+
+@pytest.mark.parametrize("kind", GUNICORNS)
+def test_a_token_is_still_understood_when_the_memory_has_gone_with_its_worker(
+    kind: str,
+) -> None:
+    with serve("-k", kind) as server:
+        for how in (
+            lambda pid: os.kill(pid, signal.SIGKILL),
+            lambda pid: server.process.send_signal(signal.SIGHUP),
+        ):
+            token = server.user("alice")
+            replace_worker(server, how)
+            refusal = server(
+                "GET /todos", token
+            )  # not malformed: the secret is the same
+            assert refusal.status == 401
+            assert "The session has ended" in refusal.headers["WWW-Authenticate"]
+        workers, token = server.workers, server.user("alice")
+        for more in (signal.SIGTTIN, signal.SIGUSR2):
+            before = server.log.count("[ERROR] The memory store has one worker")
+            server.process.send_signal(more)
+            eventually(
+                lambda before=before: server.log.count("[ERROR] The memory") > before  # type: ignore[misc]
+            )
+        assert server("GET /todos/todo3", token).json == {"task": "profit!"}
+        assert server.workers == workers
+        assert server.stop() == 0
+
+
+def test_hup_brings_a_changed_service_and_a_broken_one_leaves_nothing_half_alive(
+    tmp_path: Path,
+) -> None:
+    for name in ("service.py", "gunicorn.conf.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    with serve(folder=tmp_path, PYTHONPATH=str(tmp_path)) as server:
+        with (tmp_path / "service.py").open("a") as source:
+            source.write('\nTODOS["todo3"]["task"] = "prophet!"\n')
+        replace_worker(server, lambda pid: server.process.send_signal(signal.SIGHUP))
+        token = server.user("alice")
+        assert server("GET /todos/todo3", token).json == {"task": "prophet!"}
+
+        (tmp_path / "service.py").write_text("raise SystemExit('no service')\n")
+        (worker,) = server.workers
+        server.process.send_signal(signal.SIGHUP)
+        assert server.process.wait(timeout=20) == 1
+        eventually(lambda: not is_running(worker))
+        assert "no service\n" in server.log
+
+
+@pytest.mark.parametrize("kind", GUNICORNS)
+def test_sigterm_lets_the_requests_in_flight_be_answered(kind: str) -> None:
+    with serve("-k", kind) as server:
+        server.user("alice")
+        form = {"grant_type": "password", "username": "alice", "password": PASSWORD}
+        body = urlencode(form).encode()
+        headers = (f"Content-Type: {FORM}", f"Content-Length: {len(body)}")
+        wire = wired("POST /token", *headers, body=body)
+        statuses: list[int] = []
+
+        def log_in(number: int) -> None:
+            statuses.append(read(server.exchange(wire)).status)
+
+        logins = threading.Thread(target=together, args=(8, log_in))
+        logins.start()
+        eventually(lambda: statuses)  # two hash at a time: the others are waiting
+        server.process.terminate()
+        logins.join()
+        assert statuses == [200] * 8
+        assert server.process.wait(timeout=20) == 0
+
+
+def test_workers_that_reach_max_requests_are_replaced_and_drop_no_request(
+    tmp_path: Path,
+) -> None:
+    database = {"SERVICE_STORE_URL": f"sqlite:///{tmp_path}/todo.db"}
+    flags = ("-w", "2", "--max-requests", "20", "--max-requests-jitter", "5")
+    with serve(*flags, SERVICE_SECRET_KEY=SECRET, **database) as server:
+
+        def work(number: int) -> list[int]:
+            return [server("GET /health").status for _ in range(15)]
+
+        assert together(8, work) == [[200] * 15] * 8
+        assert server.log.count("Autorestarting worker") >= 4
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become nobody")
+def test_workers_that_become_nobody_make_the_file_that_they_write(
+    tmp_path: Path,
+) -> None:
+    folder = Path("/tmp") / f"nobody-{os.getpid()}"  # pytest's folders are its own
+    folder.mkdir()
+    try:
+        shutil.chown(folder, "nobody")
+        database = {"SERVICE_STORE_URL": f"sqlite:///{folder}/todo.db"}
+        with serve("--user", "nobody", SERVICE_SECRET_KEY=SECRET, **database) as server:
+            assert server("POST /todos", server.user("alice"), task="x").status == 201
+            assert {path.owner() for path in folder.iterdir()} == {"nobody"}
+            assert (folder / "todo.db").stat().st_mode & 0o777 == 0o600
+    finally:
+        shutil.rmtree(folder)
+
+
+# ---- An app of one's own, and the command line --------------------------------------
+
+MINE = """
+from service import Argument, Resource, Settings, create_app as make_app, main
+
+def create_app():
+    books = Resource("books", "book", [Argument("title", required=True)],
+                     {"book1": {"title": "Emma"}})
+    return make_app(Settings.from_environ(), resources=[books])
+
+if __name__ == "__main__":
+    main(create_app())
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> dict[str, str]:
+    """The environment in which somebody's own app, mine.py, stands in the folder."""
+    (tmp_path / "mine.py").write_text(MINE)
+    return {
+        "PYTHONPATH": f"{tmp_path}:{ROOT}",
+        "SERVICE_STORE_URL": f"sqlite:///{tmp_path}/mine.db",
+        "SERVICE_SECRET_KEY": SECRET,
+    }
+
+
+def test_ones_own_app_runs_with_our_configuration(
+    tmp_path: Path, mine: dict[str, str]
+) -> None:
+    conf = ("-c", str(ROOT / "gunicorn.conf.py"), "mine:create_app()")
+    with serve(*conf, folder=tmp_path, WEB_CONCURRENCY="2", **mine) as server:
+        token = server.user("alice")
+        assert server("GET /books", token).json == {"book1": {"title": "Emma"}}
+        assert server("GET /todos", token).status == 404
+        assert len(server.workers) == 2
+    command = (sys.executable, "-m", "gunicorn", *conf)
+    (tmp_path / "mine.py").write_text(MINE.replace('"book1"', '"no/id"'))
+    status, said = run(*command, folder=tmp_path, **mine)
+    assert (status, said.count("\n"), "no/id" in said) == (1, 1, True)
+
+
+def account(command: str, password: str = "", **environ: str) -> tuple[int, str]:
+    """What a command about an account says, when the password comes from a pipe."""
+    done = subprocess.run(
+        [sys.executable, *command.split()],
+        input=f"{password}\n",
+        cwd=ROOT,
+        env=clean_environ(**environ),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stderr
+
+
+def test_accounts_are_made_mended_and_deleted_by_hand(tmp_path: Path) -> None:
+    environ = {
+        "SERVICE_STORE_URL": f"sqlite:///{tmp_path}/todo.db",
+        "SERVICE_SECRET_KEY": SECRET,
+        "SERVICE_SIGNUP": "closed",
+    }
+    added = account("service.py adduser Alice --role operator", PASSWORD, **environ)
+    assert added == (0, "")
+    with serve("-w", "1", **environ) as server:
+        assert server("POST /users", username="bob", password=PASSWORD).status == 403
+        token = server.user("alice")
+        who = server("GET /users/me", token).json
+        assert who == {"username": "alice", "roles": ["operator"]}
+        assert list(server("GET /todos", token).json) == ["todo1", "todo2", "todo3"]
+
+        changed = account("service.py passwd alice", "a new pass phräse", **environ)
+        assert changed == (0, "")
+        assert server("GET /todos", token).status == 401
+        token = server.log_in("alice", "a new pass phräse")["access_token"]
+
+        assert account("service.py deluser alice", **environ) == (0, "")
+        assert server("GET /todos", token).status == 401
+        status, said = account("service.py adduser alice", PASSWORD, **environ)
+        assert (status, said.count("\n"), "taken" in said) == (1, 1, True)
+
+
+@pytest.mark.parametrize(
+    ("command", "password", "why"),
+    [
+        ("adduser -é-", PASSWORD, "name"),
+        ("adduser bob", "short", "password"),
+        ("adduser bob", "", "password"),
+        ("adduser bobs-very-own-name", "bobs-very-own-name", "name itself"),
+        ("passwd nobody", PASSWORD, "nobody"),
+        ("deluser nobody", "", "nobody"),
+    ],
+)
+def test_what_cannot_be_done_by_hand_is_said_in_one_line(
+    tmp_path: Path, command: str, password: str, why: str
+) -> None:
+    store = {"SERVICE_STORE_URL": f"sqlite:///{tmp_path}/x.db"}
+    given = store | {"SERVICE_SECRET_KEY": SECRET}
+    status, said = account(f"service.py {command}", password, **given)
+    assert status != 0
+    assert why in said.splitlines()[-1]
+    status, said = account(f"service.py {command}", password)
+    assert status != 0  # the memory store would forget it at once
+
+
+def test_adduser_of_ones_own_app_makes_its_own_starters(
+    tmp_path: Path, mine: dict[str, str]
+) -> None:
+    assert account(f"{tmp_path}/mine.py adduser alice", PASSWORD, **mine) == (0, "")
+    with serve("-c", str(ROOT / "gunicorn.conf.py"), "mine:create_app()", "-w", "1",
+               folder=tmp_path, **mine) as server:  # fmt: skip
+        token = server.log_in("alice")["access_token"]
+        assert server("GET /books", token).json == {"book1": {"title": "Emma"}}
+
+
+def test_the_development_server_starts_anew_when_the_file_changes(
+    tmp_path: Path,
+) -> None:
+    shutil.copy(ROOT / "service.py", tmp_path)
+    command = [sys.executable, "service.py"]
+    with serve(command=command, folder=tmp_path) as server:
+        account = {"username": "alice", "password": PASSWORD}
+        assert server("POST /users", **account).status == 201
+        assert re.search("sign-up.*'alice'", server.log)
+        with (tmp_path / "service.py").open("a") as file:
+            file.write("# changed\n")
+        # The new process has a new memory, in which the name is free again.
+        eventually(lambda: server("POST /users", **account).status == 201)
+        os.killpg(server.process.pid, signal.SIGINT)  # Ctrl-C reaches both processes
+        server.process.wait(timeout=20)
+        assert "Traceback" not in server.log
+
+
+def test_the_development_server_too_ends_with_one_line_for_a_bad_setting() -> None:
+    for bad in ({"SERVICE_REFRESH_TTL": "0"}, {"PORT": "99999"}, {"PORT": "abc"}):
+        status, said = run(sys.executable, "service.py", **bad)
+        assert (status, said.count("\n")) == (1, 1), said
+        assert said.startswith(next(iter(bad)))
