@@ -1,0 +1,974 @@
+"""What every store promises, and what only a database can do or suffer.
+
+The same functions run on the memory store, SQLite and PostgreSQL; then come several
+processes and their violent ends, outages, broken files, and what a statement costs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import sqlite3
+import struct
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import psycopg
+import pytest
+from conftest import Postgres, eventually, run, serve
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+import service
+from test_service import CHEAP_HASH, MOUNT, PASSWORD, SECRET, User, World, together
+
+SQL = pytest.mark.parametrize("store_url", ["sqlite", "postgres"], indirect=True)
+SQLITE = pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+A_FEW_SECONDS = settings(
+    max_examples=40,
+    stateful_step_count=25,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def put(store: Any, *keys: str, user: str = "alice", **value: Any) -> None:
+    with store.write(user) as data:
+        for key in keys:
+            data["todos"][key] = value or {"task": key}
+
+
+def items(store: Any, user: str = "alice", name: str = "todos") -> dict[str, Any]:
+    with store.read(user) as data:
+        return dict(data[name])
+
+
+def sql(url: str, statement: str) -> list[Any]:
+    """What a statement returns, run beside the service."""
+    if url.startswith("sqlite:"):
+        path = url.removeprefix("sqlite:///")
+        with closing(sqlite3.connect(path, isolation_level=None)) as database:
+            return database.execute(statement).fetchall()
+    with psycopg.connect(url, autocommit=True) as connection:
+        cursor = connection.execute(statement.encode())
+        return cursor.fetchall() if cursor.description else []
+
+
+# ---- The contract -------------------------------------------------------------------
+
+
+def test_keys_come_in_the_order_of_their_creation(store: Any) -> None:
+    put(store, "b", "a", "c")
+    put(store, "0")
+    put(store, "a", task="overwritten")  # it keeps its place
+    assert list(items(store)) == ["b", "a", "c", "0"]
+    with store.write("alice") as data:
+        del data["todos"]["b"]
+    put(store, "b")
+    assert list(items(store)) == ["a", "c", "0", "b"]
+    assert items(store)["a"] == {"task": "overwritten"}
+
+
+def test_a_collection_is_a_mapping_of_ids_to_items(store: Any) -> None:
+    with store.write("alice") as data:
+        todos = data["todos"]
+        assert (len(todos), list(todos), "a" in todos) == (0, [], False)
+        assert (todos.get("a"), todos.pop("a", None)) == (None, None)
+        todos["a"], todos["b"], todos["c"] = {"n": 1}, {"n": 2}, {"n": 3}
+        assert (len(todos), "a" in todos, "d" in todos) == (3, True, False)
+        assert (todos["a"], todos.get("d", {})) == ({"n": 1}, {})
+        assert todos.pop("b") == {"n": 2}
+        assert list(todos.items()) == [("a", {"n": 1}), ("c", {"n": 3})]
+        assert list(todos.values()) == [{"n": 1}, {"n": 3}]
+        with pytest.raises(KeyError, match=r"^'b'$"):
+            todos["b"]
+        with pytest.raises(KeyError, match=r"^'b'$"):
+            del todos["b"]
+        todos["a"]["n"] = 4  # an item may be changed in its place
+        assert len(todos) == 2
+    assert items(store) == {"a": {"n": 4}, "c": {"n": 3}}
+
+
+def test_keys_and_values_are_of_any_script(store: Any) -> None:
+    texts = ["ключ", "键", "🗝️", "e\u0301", "é", "'; DROP TABLE items; --", "%s", "\\"]
+    for text in texts:
+        put(store, text, **{text: [text, {text: text}]})
+    assert items(store) == {text: {text: [text, {text: text}]} for text in texts}
+    assert list(items(store)) == texts
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {},
+        {"a": None, "b": [True, False, 0, -1, 1.5, 1e300, 2**70, "", [], {}]},
+        {"nul": "\0"},
+    ],
+)
+def test_a_value_comes_back_as_it_went(store: Any, value: dict[str, Any]) -> None:
+    with store.write("alice") as data:
+        data["todos"]["a"] = value
+    assert json.dumps(items(store)["a"]) == json.dumps(value)
+
+
+@pytest.mark.parametrize(
+    "value", [{"a": float("nan")}, {"a": {1, 2}}, {"a": b"bytes"}, {"a": object()}]
+)
+def test_what_json_cannot_hold_is_refused_with_all_that_the_block_changed(
+    store: Any, value: Any
+) -> None:
+    put(store, "a")
+    before = store.read("alice")
+    with pytest.raises((TypeError, ValueError)), store.write("alice") as data:
+        data["account"]["hash"] = "changed"
+        data["todos"]["a"] = {"task": "changed"}
+        data["todos"]["b"] = value
+    assert store.read("alice") == before
+
+
+@pytest.mark.parametrize(
+    "error", [LookupError, KeyboardInterrupt, service.InvalidToken]
+)
+def test_a_block_that_raises_leaves_nothing_behind(
+    store: Any, error: type[BaseException]
+) -> None:
+    put(store, "a", "b")
+    with store.write("alice") as data:
+        data["sessions"]["s"] = {"gen": 1}
+    before = store.read("alice")
+    for user in ("alice", "new"):
+        with pytest.raises(error), store.write(user) as data:
+            data["todos"]["a"] = {"task": "changed"}
+            data["todos"]["c"] = {}
+            data["todos"].pop("b", None)
+            data["notes"]["n"] = {}
+            data["account"]["hash"] = "changed"
+            data["sessions"].setdefault("s", {})["gen"] = 2
+            data["counters"]["todos"] = {"number": 9}
+            raise error
+        with pytest.raises(error), store.write(user) as data:
+            data.clear()
+            raise error
+    assert store.read("alice") == before
+    assert store.read("new") == store.read("nobody")
+
+
+def test_what_was_read_is_a_value_of_its_own(store: Any) -> None:
+    with store.write("alice") as data:
+        data["account"]["roles"] = ["operator"]
+        data["todos"]["a"] = {"tags": ["x"]}
+    before = store.read("alice")
+    put(store, "a", "b", tags=["changed"])
+    with store.write("alice") as data:
+        data["account"]["roles"] = []
+    assert dict(before["todos"]) == {"a": {"tags": ["x"]}}
+    assert before["account"] == {"roles": ["operator"]}
+    value: dict[str, Any] = {"tags": ["x"]}
+    put(store, "a", **value)
+    value["tags"].append("not written")
+    items(store)["a"]["tags"].append("not written either")
+    assert items(store)["a"] == {"tags": ["x"]}
+
+
+def test_nobody_sees_a_write_before_its_block_ends(store: Any) -> None:
+    put(store, "a")
+    seen: list[list[str]] = []
+    reader = threading.Thread(target=lambda: seen.append(list(items(store))))
+    with store.write("alice") as data:
+        data["todos"]["b"] = {}
+        reader.start()
+        reader.join(timeout=0.2)  # it is through, or waits for this block to end
+        assert seen in ([], [["a"]])
+        del data["todos"]["b"]
+    reader.join()
+    assert seen == [["a"]]
+
+
+def test_no_user_sees_what_another_owns_and_looking_leaves_nothing(store: Any) -> None:
+    names = ["alice", "Alice", "alice ", "alic", "a_ice", "a%"]
+    for name in names:
+        put(store, "a", user=name, owner=name)
+    with store.write("alice") as data:
+        del data["todos"]["a"]
+        data["notes"]["a"] = {"of": "another collection"}
+    for name in names[1:]:
+        assert items(store, name) == {"a": {"owner": name}}
+    assert items(store) == {}
+    with store.write("nobody") as data:
+        assert (dict(data["todos"]), data["account"]) == ({}, {})
+    assert items(store, "nobody") == {}
+
+
+def second(store: Any, url: str) -> Any:
+    """The same data as another process has it."""
+    return store if url == "memory:" else service.open_store(url)
+
+
+def test_one_users_writes_come_one_after_the_other(store: Any, store_url: str) -> None:
+    stores = [store, second(store, store_url)]
+
+    def count(number: int) -> None:
+        for _ in range(10):
+            with stores[number % 2].write("alice") as data:
+                last = data["account"].get("last", 0)
+                data["account"]["last"] = last + 1
+                data["todos"][f"todo{last}"] = {"by": number}
+
+    together(8, count)
+    assert store.read("alice")["account"] == {"last": 80}
+    assert list(items(store)) == [f"todo{n}" for n in range(80)]
+
+
+class StoreAgainstDict(RuleBasedStateMachine):
+    """A store, and a plain dict that is told the same."""
+
+    store: Any
+    USERS = st.sampled_from(["u", "v"])
+    NAMES = st.sampled_from(["todos", "notes"])
+    KEYS = st.sampled_from("abcd")
+    VALUES = st.dictionaries(st.text(max_size=3), st.none() | st.integers(), max_size=2)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.run = os.urandom(6).hex()  # nobody of an earlier run
+        self.model: dict[tuple[str, str], dict[str, Any]] = {}
+        self.changes: dict[str, int] = Counter()
+
+    @rule(user=USERS, changes=st.lists(st.tuples(NAMES, KEYS, st.none() | VALUES)),
+          fails=st.booleans())  # fmt: skip
+    def write(self, user: str, changes: list[Any], fails: bool) -> None:
+        model = {key: dict(value) for key, value in self.model.items()}
+        try:
+            with self.store.write(user + self.run) as data:
+                for name, key, value in changes:
+                    mine = model.setdefault((user, name), {})
+                    assert data[name].get(key) == mine.get(key)
+                    if value is None:
+                        assert (data[name].pop(key, None)) == mine.pop(key, None)
+                    else:
+                        data[name][key] = mine[key] = value
+                    assert list(data[name].items()) == list(mine.items())
+                data["account"]["n"] = self.changes[user] + len(changes)
+                if fails:
+                    raise InterruptedError
+        except InterruptedError:
+            return
+        for key, new in model.items():  # what was there before keeps its place
+            old = self.model.get(key, {})
+            self.model[key] = {id: new[id] for id in old if id in new} | new
+        self.changes[user] += len(changes)
+
+    @rule(user=USERS, name=NAMES)
+    def read(self, user: str, name: str) -> None:
+        data = self.store.read(user + self.run)
+        mine = self.model.get((user, name), {})
+        assert list(data[name].items()) == list(mine.items())
+        assert data["account"].get("n", 0) == self.changes[user]
+
+
+def test_a_store_does_what_a_plain_dict_does(store: Any) -> None:
+    machine = type("Machine", (StoreAgainstDict,), {"store": store})
+    run_state_machine_as_test(machine, settings=A_FEW_SECONDS)
+
+
+# ---- The views that lean on it ------------------------------------------------------
+
+
+@pytest.fixture
+def worlds(store: Any, store_url: str) -> list[World]:
+    """Two processes, as it were, over one store."""
+    first = World(store=store)
+    return [first, World(store=second(store, store_url), clock=first.clock)]
+
+
+def at(worlds: list[World], number: int, user: User) -> User:
+    """The same user at one of these worlds."""
+    return User(worlds[number % len(worlds)], user.name, user.pair)
+
+
+def test_fifty_posts_at_once_give_fifty_ids(worlds: list[World]) -> None:
+    alice = worlds[0].user()
+
+    def post(number: int) -> str:
+        answer = at(worlds, number, alice)("POST /todos", {"task": str(number)})
+        return str(answer.headers["Location"])
+
+    found = together(50, post)
+    assert set(found) == {f"{MOUNT}/todos/todo{n}" for n in range(4, 54)}
+    assert list(alice("GET /todos").json) == [f"todo{n}" for n in range(1, 54)]
+
+
+def test_of_sixteen_writers_with_one_etag_one_wins(worlds: list[World]) -> None:
+    alice = worlds[0].user()
+    for _ in range(3):
+        tag = alice("GET /todos/todo1").headers["ETag"]
+
+        def write(number: int, tag: str = tag) -> int:
+            user, task = at(worlds, number, alice), {"task": os.urandom(4).hex()}
+            return user("PUT /todos/todo1", task, if_match=tag).status
+
+        assert Counter(together(16, write)) == {201: 1, 412: 15}
+
+
+def test_refreshes_at_once_give_one_successor_that_works(worlds: list[World]) -> None:
+    alice = worlds[0].user()
+    for _ in range(3):
+        renewed = together(16, lambda n: at(worlds, n, alice).refresh())  # noqa: B023
+        assert len({user.refresh_token for user in renewed}) == 1
+        assert all(user.is_in for user in renewed)
+        assert renewed[0].refresh_token != alice.refresh_token
+        alice = renewed[0]
+
+    def refresh_or_log_out(number: int) -> None:
+        world = worlds[number % 2]
+        if number:
+            world.refresh(alice.refresh_token)
+        else:
+            world("POST /revoke", form={"token": alice.refresh_token})
+
+    together(8, refresh_or_log_out)
+    assert not alice.is_in  # the logout stands
+
+
+def test_a_cursor_outlives_the_item_it_stands_on_and_a_restart(
+    worlds: list[World],
+) -> None:
+    alice = worlds[0].user()
+    link = alice("GET /todos?limit=2").headers["Link"]
+    page = re.findall(f"<{MOUNT}(.*)>", link)[0]
+    for id in ("todo1", "todo2"):
+        alice(f"DELETE /todos/{id}")
+    alice("PUT /todos/todo2", {"task": "made again, so it is new"})
+    assert list(at(worlds, 1, alice)(f"GET {page}").json) == ["todo3", "todo2"]
+    created = at(worlds, 1, alice)("POST /todos", {"task": "x"})
+    assert created.headers["Location"] == f"{MOUNT}/todos/todo4"
+
+
+def test_a_refused_write_leaves_everything_as_it_was(store: Any) -> None:
+    number = service.Argument("n", lambda value: float(value))
+    numbers = service.Resource("numbers", "number", [number])
+    world = World(store=store, resources=[numbers], max_items=2)
+    alice = world.user()
+    before = alice("GET /numbers")
+    for _ in range(3):
+        assert alice("POST /numbers", {"n": "nan"}).status == 400
+        assert alice("PUT /numbers/x", {"n": 1}, if_match='"x"').status == 412
+    assert alice("GET /numbers").body == before.body
+    created = [alice("POST /numbers", {"n": 1}) for _ in range(3)]
+    assert [answer.status for answer in created] == [201, 201, 403]
+    assert created[0].headers["Location"] == f"{MOUNT}/numbers/number1"
+
+
+@SQL
+def test_a_restart_keeps_all(store: Any, store_url: str) -> None:
+    before = World(store=store)
+    alice = before.user("alice", roles=["operator"])
+    alice("POST /todos", {"task": "kept"})
+    other = before.user("other")
+    other("DELETE /users/me", {"password": PASSWORD})
+    after = World(store=service.open_store(store_url), clock=before.clock)
+    assert at([after], 0, alice)("GET /todos/todo4").json == {"task": "kept"}
+    renewed = at([after], 0, alice).refresh()
+    assert renewed("GET /users/me").json["roles"] == ["operator"]
+    assert alice.refresh().refresh_token == renewed.refresh_token
+    form = {"username": "other", "password": PASSWORD}
+    assert after("POST /users", form).status == 409  # a name is never given again
+
+
+class Sessions(RuleBasedStateMachine):
+    """Logins, refreshes with any token there ever was, logouts, steps of the clock."""
+
+    tokens: Bundle[Any] = Bundle("tokens")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World()
+        service.add_account(self.world.app, "alice", CHEAP_HASH)
+        self.sessions: list[dict[str, Any]] = []
+
+    def lives(self, session: dict[str, Any]) -> bool:
+        now = self.world.clock.now
+        return bool(session["is_open"]) and now < session["started_at"] + 86_400
+
+    def note(self, session: dict[str, Any], pair: dict[str, Any]) -> Any:
+        return session, len(session["texts"]) - 1, self.world.clock.now, pair
+
+    @precondition(lambda self: len(self.sessions) < 20)
+    @rule(target=tokens)
+    def log_in(self) -> Any:
+        pair, now = self.world.log_in("alice").pair, self.world.clock.now
+        texts = [pair["refresh_token"]]
+        session = {
+            "is_open": True,
+            "started_at": now,
+            "rotated_at": now,
+            "texts": texts,
+        }
+        self.sessions.append(session)
+        return self.note(session, pair)
+
+    @rule(target=tokens, token=tokens)
+    def refresh(self, token: Any) -> Any:
+        session, generation, _, pair = token
+        answer, now = self.world.refresh(pair["refresh_token"]), self.world.clock.now
+        age = len(session["texts"]) - 1 - generation
+        is_forgiven = age == 1 and now - session["rotated_at"] <= 30
+        if not self.lives(session) or not (age == 0 or is_forgiven):
+            session["is_open"] = False
+            assert (answer.status, answer.json["error"]) == (400, "invalid_grant")
+            return token
+        assert answer.status == 200
+        if age == 0:
+            assert answer.json["refresh_token"] not in session["texts"]
+            session["texts"].append(answer.json["refresh_token"])
+            session["rotated_at"] = now
+        assert answer.json["refresh_token"] == session["texts"][-1]
+        left = session["started_at"] + 86_400 - now
+        assert answer.json["refresh_expires_in"] == left
+        assert answer.json["expires_in"] == min(900, left)
+        return self.note(session, answer.json)
+
+    @rule(token=tokens, kind=st.sampled_from(["access_token", "refresh_token"]))
+    def revoke(self, token: Any, kind: str) -> None:
+        session, _, _, pair = token
+        assert self.world("POST /revoke", form={"token": pair[kind]}).json == {}
+        session["is_open"] = False
+
+    @rule(seconds=st.sampled_from([1, 10, 30, 31, 600, 899, 900, 7200, 86_399]))
+    def wait(self, seconds: int) -> None:
+        self.world.clock.step(seconds)
+
+    @rule(token=tokens)
+    def use(self, token: Any) -> None:
+        session, _, made_at, pair = token
+        is_in = User(self.world, "alice", pair).is_in
+        is_fresh = self.world.clock.now < made_at + pair["expires_in"]
+        assert is_in == (self.lives(session) and is_fresh)
+
+
+def test_a_session_lives_a_day_and_never_twice() -> None:
+    run_state_machine_as_test(Sessions, settings=A_FEW_SECONDS)
+
+
+# ---- Several processes, and their violent ends --------------------------------------
+
+
+def environ(url: str, **more: str) -> dict[str, str]:
+    given = {"STORE_URL": url, "SECRET_KEY": SECRET, "MAX_ITEMS": "999999"} | more
+    return {f"SERVICE_{name}": text for name, text in given.items()}
+
+
+FORKS = """
+import os, sys, service
+store = service.open_store(sys.argv[1])
+
+def write(name, count):
+    for n in range(count):
+        with store.write("alice") as data:
+            data["account"]["n"] = data["account"].get("n", 0) + 1
+            data["todos"][f"{name}{n}"] = {"by": name}
+        store.read("alice")
+
+write("before", 1)
+children = []
+for number in range(4):
+    if not (child := os.fork()):
+        write(f"child{number}-", 20)
+        os._exit(0)
+    children.append(child)
+write("parent", 20)
+print([os.waitpid(child, 0)[1] for child in children], store.read("alice")["account"])
+"""
+
+
+@SQL
+def test_a_fork_shares_no_connection(store: Any, store_url: str) -> None:
+    status, said = run(sys.executable, "-c", FORKS, store_url)
+    assert (status, said) == (0, "[0, 0, 0, 0] {'n': 101}\n")
+    assert len(items(store)) == 101
+
+
+@SQL
+def test_eight_processes_may_start_at_once_on_an_empty_database(
+    store: Any, store_url: str
+) -> None:
+    starter = (
+        "import service, sys; store = service.open_store(sys.argv[1])\n"
+        "with store.write(sys.argv[2]) as data: data['todos']['a'] = {}"
+    )
+    command = (sys.executable, "-c", starter, store_url)
+    assert together(8, lambda n: run(*command, f"user{n}")) == [(0, "")] * 8
+    assert [items(store, f"user{n}") for n in range(8)] == [{"a": {}}] * 8
+
+
+class Writers:
+    """Four clients that create items and read them back as fast as they can.
+
+    A class, since it keeps count: of the statuses (0: no answer), and of what was
+    acknowledged.
+    """
+
+    def __init__(self, server: serve, token: str) -> None:
+        self.server, self.token = server, token
+        self.acknowledged: dict[str, str] = {}
+        self.statuses, self.faults = Counter[int](), list[str]()
+        self._is_over = threading.Event()
+        self._threads = [threading.Thread(target=self._work) for _ in range(4)]
+
+    def __enter__(self) -> Writers:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._is_over.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        while not self._is_over.is_set():
+            task = os.urandom(12).hex()
+            created = self.server("POST /todos", self.token, task=task)
+            self.statuses[created.status] += 1
+            if created.status != 201:
+                self._is_over.wait(0.01)
+                continue
+            location = created.headers["Location"]
+            if self.acknowledged.setdefault(location, task) != task:
+                self.faults.append(f"{location} was given twice")
+            read = self.server(f"GET {location}", self.token)
+            self.statuses[read.status] += 1
+            if read.status == 200 and read.json != {"task": task}:
+                self.faults.append(f"{location} {task}: {read}")
+
+    def wait_for(self, count: int, *statuses: int) -> None:
+        """Until there have been so many more answers of these statuses."""
+        aim = count + sum(self.statuses[status] for status in statuses)
+        eventually(lambda: sum(self.statuses[each] for each in statuses) >= aim, 30)
+
+
+def assert_kept(server: serve, token: str, acknowledged: dict[str, str]) -> None:
+    """Everything acknowledged is there, and nothing twice."""
+    there, page = dict[str, str](), "/todos"
+    while page:
+        answer = server(f"GET {page}", token)
+        there |= {f"/todos/{id}": item["task"] for id, item in answer.json.items()}
+        link = answer.headers.get("Link", "")
+        page = link[link.find("<") + 1 : link.find(">")] if link else ""
+    assert acknowledged.items() <= there.items()
+    assert len(set(there.values())) == len(there)
+
+
+@SQL
+@pytest.mark.parametrize("kind", ["gthread", "gevent"])
+def test_kill_9_loses_nothing_that_was_acknowledged(store_url: str, kind: str) -> None:
+    flags = ("-k", kind, "-w", "3")
+    with serve(*flags, **environ(store_url)) as server:
+        token = server.user("alice")
+        with Writers(server, token) as writers:
+            for _ in range(4):
+                writers.wait_for(30, 201)
+                os.kill(random.choice(server.workers), signal.SIGKILL)
+            writers.wait_for(30, 201)
+            os.killpg(server.process.pid, signal.SIGKILL)
+            writers.wait_for(4, 0)
+        assert {*writers.statuses} <= {200, 201, 503, 0}
+        assert writers.faults == []
+        assert "Traceback" not in server.log
+    with serve("-k", kind, "-w", "1", **environ(store_url)) as server:
+        assert_kept(server, token, writers.acknowledged)
+
+
+@pytest.mark.parametrize("kind", ["gthread", "gevent"])
+def test_while_postgres_is_away_there_is_503_and_then_all_goes_on(
+    postgres: Postgres, kind: str
+) -> None:
+    name = f"outage_{kind}"
+    sql(postgres.url, f"CREATE DATABASE {name}")
+    url = postgres.url.replace("/postgres?", f"/{name}?")
+    with serve("-k", kind, "-w", "2", **environ(url)) as server:
+        token = server.user("alice")
+        with Writers(server, token) as writers:
+            for how in ("INT", "QUIT"):  # stopped, crashed
+                writers.wait_for(30, 201)
+                postgres.stop(how)
+                try:
+                    began = time.monotonic()
+                    away = server("GET /health")
+                    assert (away.status, time.monotonic() - began < 2) == (503, True)
+                    assert int(away.headers["Retry-After"]) >= 1
+                    writers.wait_for(10, 503)
+                finally:
+                    postgres.start()
+                eventually(lambda: server("GET /todos/todo1", token).status == 200, 5)
+            writers.wait_for(30, 201)
+        assert {*writers.statuses} <= {200, 201, 503}
+        assert writers.faults == []
+        assert "Traceback" not in server.log
+        assert_kept(server, token, writers.acknowledged)
+
+
+def test_a_database_that_is_down_at_the_start_may_come_up_later(
+    postgres: Postgres,
+) -> None:
+    sql(postgres.url, "CREATE DATABASE later")
+    postgres.stop()
+    try:
+        world = World(
+            store=service.open_store(postgres.url.replace("/postgres?", "/later?"))
+        )
+        assert world("GET /health").status == 503
+    finally:
+        postgres.start()
+    eventually(lambda: world("GET /health").status == 200, 5)
+    assert world.user()("POST /todos", {"task": "x"}).status == 201
+
+
+def test_a_database_that_accepts_and_then_says_nothing_is_503() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        url = f"postgresql://todo@127.0.0.1:{mute.getsockname()[1]}/todo"
+        answer = World(store=service.open_store(url))("GET /health")
+    assert (answer.status, list(answer.json)) == (503, ["message"])
+
+
+def test_a_connection_lost_inside_a_transaction_is_503_and_leaves_nothing(
+    postgres_url: str,
+) -> None:
+    def interrupted(request: Any) -> Any:
+        with request.write() as data:
+            data["todos"]["half"] = {"task": "half"}
+            idle = "state = 'idle in transaction' AND datname = current_database()"
+            query = (
+                f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {idle}"
+            )
+            if request.args:
+                assert sql(postgres_url, query) == [(True,)]
+            data["todos"]["other"] = {"task": "other half"}
+        return None, 201
+
+    route = service.Route("POST /interrupted", interrupted)
+    world = World(store=service.open_store(postgres_url), routes=[route])
+    alice = world.user()
+    assert alice("POST /interrupted?now=1").status == 503
+    assert list(alice("GET /todos").json) == ["todo1", "todo2", "todo3"]
+    assert alice("POST /interrupted").status == 201
+    assert list(alice("GET /todos").json)[3:] == ["half", "other"]
+
+
+def test_more_requests_than_connections_wait_for_each_other(postgres_url: str) -> None:
+    alice = World(store=service.open_store(postgres_url)).user()
+    statuses = together(60, lambda n: alice("GET /todos/todo1").status)
+    assert {*statuses} == {200}
+    in_use = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+    assert sql(postgres_url, in_use)[0][0] < 25
+
+
+# ---- Broken rows, files and rights --------------------------------------------------
+
+
+@SQL
+@pytest.mark.parametrize("row", ["document", "value"])
+def test_a_row_that_is_no_json_is_503_and_one_line_until_it_is_mended(
+    store: Any, store_url: str, row: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    alice = World(store=store).user()
+    table, where = {"document": ("users", "name"), "value": ("items", "owner")}[row]
+    where = f"WHERE {where} = 'alice'"
+    kept = sql(store_url, f"SELECT {row} FROM {table} {where}")[0][0]
+    if not isinstance(kept, str):
+        kept = json.dumps(kept)
+    only = where + (" AND id = 'todo1'" if row == "value" else "")
+    kept = '{"task": "build an API"}' if row == "value" else kept
+    sql(store_url, f"UPDATE {table} SET {row} = '{{broken' {only}")
+    caplog.clear()
+    broken = alice("GET /todos/todo1")
+    assert (broken.status, list(broken.json)) == (503, ["message"])
+    assert len(caplog.records) == 1
+    assert "\n" not in caplog.text.strip()
+    sql(store_url, f"UPDATE {table} SET {row} = '{kept}' {only}")
+    assert alice("GET /todos/todo1").json == {"task": "build an API"}
+
+
+@SQLITE
+def test_a_deleted_file_is_503_until_it_is_back(store: Any, store_url: str) -> None:
+    path = Path(store_url.removeprefix("sqlite:///"))
+    alice = World(store=store).user()
+    away = path.with_name("away")
+    away.mkdir()
+    for each in path.parent.glob("todo.db*"):
+        each.rename(away / each.name)
+    assert alice("PUT /todos/x", {"task": "into nothing"}).status == 503
+    assert alice("GET /todos/todo1").status == 503
+    assert alice.world("GET /health").status == 503
+    for each in path.parent.glob("todo.db*"):
+        each.unlink()
+    for each in away.iterdir():
+        each.rename(path.with_name(each.name))
+    assert alice("PUT /todos/x", {"task": "kept"}).status == 201
+    assert items(service.open_store(store_url))["x"] == {"task": "kept"}
+
+
+@SQLITE
+def test_a_locked_file_is_503_for_writers_and_no_matter_for_readers(
+    store: Any, store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect = sqlite3.connect
+
+    def hurried(*given: Any, **options: Any) -> sqlite3.Connection:
+        """A connection that waits for 0.05 s, and not for the 10 of the service."""
+        return connect(*given, **options | {"timeout": 0.05})
+
+    monkeypatch.setattr(sqlite3, "connect", hurried)
+    alice = World(store=store).user()
+    path = store_url.removeprefix("sqlite:///")
+    with closing(connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        assert alice("POST /todos", {"task": "x"}).status == 503
+        assert alice("GET /todos/todo3").json == {"task": "profit!"}
+    created = alice("POST /todos", {"task": "x"})
+    assert created.headers["Location"] == f"{MOUNT}/todos/todo4"
+
+
+@SQLITE
+def test_a_commit_is_synced_to_the_disk_and_the_file_is_its_owners_alone(
+    store: Any, store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = store_url.removeprefix("sqlite:///")
+    assert not Path(path).exists()  # nothing is made before the first use
+    made: list[sqlite3.Connection] = []
+    connect = sqlite3.connect
+
+    def noted(*given: Any, **options: Any) -> sqlite3.Connection:
+        made.append(connect(*given, **options))
+        return made[-1]
+
+    monkeypatch.setattr(sqlite3, "connect", noted)
+    put(store, "a")
+    pragmas = [made[-1].execute(f"PRAGMA {name}").fetchone()[0] for name in
+               ("journal_mode", "synchronous")]  # fmt: skip
+    assert pragmas == ["wal", 2]  # FULL: kill -9 alone would not show the difference
+    assert Path(path).stat().st_mode & 0o777 == 0o600
+
+
+@SQLITE
+def test_a_file_that_cannot_be_written_or_is_no_database_is_503(
+    store: Any, store_url: str, tmp_path: Path
+) -> None:
+    alice = World(store=store).user()
+    (tmp_path / "text.db").write_text("no database " * 1000)
+    path = store_url.removeprefix("sqlite:///")
+    for url in (f"sqlite:///file:{path}?mode=ro", f"sqlite:///{tmp_path}/text.db"):
+        world = World(store=service.open_store(url), clock=alice.world.clock)
+        assert at([world], 0, alice)("POST /todos", {"task": "x"}).status == 503
+        assert (
+            world("GET /health").status == 503
+        )  # it tells that nothing can be written
+
+
+def test_a_role_may_lack_the_right_to_create_when_the_tables_are_there(
+    postgres_url: str,
+) -> None:
+    World(store=service.open_store(postgres_url)).user("owner")
+    role = f"writer{os.getpid()}"
+    sql(postgres_url, f"CREATE ROLE {role} LOGIN PASSWORD 'x'")
+    try:
+        rights = "SELECT, INSERT, UPDATE, DELETE"
+        sql(postgres_url, f"GRANT {rights} ON ALL TABLES IN SCHEMA public TO {role}")
+        parts = urlsplit(postgres_url)
+        netloc = f"{role}:x@{parts.netloc.rpartition('@')[2]}"
+        world = World(store=service.open_store(parts._replace(netloc=netloc).geturl()))
+        assert world.user()("POST /todos", {"task": "x"}).status == 201
+        assert world("GET /health").status == 200
+    finally:
+        sql(postgres_url, f"DROP OWNED BY {role}")
+        sql(postgres_url, f"DROP ROLE {role}")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://todo:hunter2@127.0.0.1:1/todo",
+        "postgresql://todo@127.0.0.1:1/todo?password=hunter2",
+        "postgresql://todo:hun/hunter2@127.0.0.1:1/todo",
+        "postgresql://todo:hunter2@127.0.0.1:x/todo",
+        "postgresql://todo:hunter2@[127.0.0.1/todo",
+        "postgresql://todo:hunter2",  # the host was forgotten
+        "postgresql://todo:p@hunter2@127.0.0.1:1/todo",  # an @ that should be %40
+        "postgresql://todo:hunter2@127.0.0.1:1/todo?sslmod=require",
+    ],
+)
+def test_no_secret_of_a_url_is_told_anybody(
+    url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    told = ""
+    try:
+        told += repr(service.Settings(secret_key=SECRET, store_url=url))
+        store = service.open_store(url)
+        told += repr(store) + World(store=store)("GET /health").text
+    except ValueError as error:
+        told += str(error)
+        assert "SERVICE_STORE_URL" in told
+    assert "hunter2" not in told + caplog.text
+
+
+def test_a_missing_package_is_named_and_no_name_that_anybody_could_register() -> None:
+    blocked = "import sys; sys.modules['psycopg'] = None; import service; "
+    line = blocked + "service.open_store('postgresql://localhost/unused')"
+    status, said = run(sys.executable, "-c", line)
+    assert (status, "psycopg" in said.splitlines()[-1]) == (1, True)
+    assert "todo-service" not in said
+
+
+# ---- What it costs ------------------------------------------------------------------
+
+
+class Wire:
+    """A relay before PostgreSQL that notes statements and waits for an answer."""
+
+    def __init__(self, postgres: Postgres, folder: Path) -> None:
+        self.there = str(postgres.folder / ".s.PGSQL.5432")
+        self.url = f"postgresql://postgres@/postgres?host={folder}"
+        self.statements: list[str] = []
+        self.waits = self.received = 0
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(str(folder / ".s.PGSQL.5432"))
+        self.listener.listen()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                here = self.listener.accept()[0]
+            except OSError:
+                return
+            there = socket.socket(socket.AF_UNIX)
+            there.connect(self.there)
+            threading.Thread(
+                target=self._relay, args=(here, there), daemon=True
+            ).start()
+
+    def _relay(self, here: socket.socket, there: socket.socket) -> None:
+        with here, there:
+            is_waiting, unread, is_first = False, b"", True
+
+            def back() -> None:
+                nonlocal is_waiting
+                while chunk := there.recv(1 << 20):
+                    self.received += len(chunk)
+                    is_waiting = False
+                    here.sendall(chunk)
+
+            threading.Thread(target=back, daemon=True).start()
+            while chunk := here.recv(1 << 20):
+                self.waits += not is_waiting
+                is_waiting = True
+                there.sendall(chunk)
+                unread += chunk
+                while len(unread) >= 5:
+                    start = 0 if is_first else 1  # the first message has no kind
+                    size = start + struct.unpack_from("!I", unread, start)[0]
+                    if len(unread) < size:
+                        break
+                    message, unread = unread[:size], unread[size:]
+                    if not is_first and message[:1] in b"PQ":
+                        words = message[5:].split(b"\0")
+                        self.statements.append(words[message[:1] == b"P"].decode())
+                    is_first = False
+
+
+@pytest.fixture
+def wire(postgres: Postgres, postgres_url: str) -> Iterator[Wire]:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # a socket's path is short
+        wire = Wire(postgres, Path(folder))
+        yield wire
+        wire.listener.close()
+
+
+COSTS = [
+    # a request, its body, and the most round trips that it may cost
+    ("GET /todos/todo1", None, 2),
+    ("GET /todos?limit=10", None, 2),
+    ("GET /todos/no", None, 2),
+    ("GET /users/me", None, 2),
+    ("POST /todos", {"task": "x"}, 4),
+    ("PUT /todos/new", {"task": "x"}, 4),
+    ("PUT /todos/new", {"task": "y"}, 4),
+    ("PATCH /todos/new", {"task": "z"}, 4),
+    ("DELETE /todos/new", None, 4),
+    ("POST /token", None, 4),
+]
+
+
+def test_a_get_costs_two_round_trips_and_a_post_four_however_much_is_there(
+    wire: Wire, postgres_url: str
+) -> None:
+    world = World(store=service.open_store(wire.url), max_items=99_999)
+    users = {name: world.user(name) for name in ("few", "many")}
+    with world.store.write("many") as data:
+        for n in range(5000):
+            data["todos"][f"old{n}"] = {"task": "x"}
+    sql(postgres_url, "ANALYZE")
+    costs: dict[str, list[tuple[int, int, int]]] = {}
+    wire.statements.clear()
+    for _ in range(2):
+        for name, user in users.items():
+            costs[name] = []
+            for line, body, limit in COSTS:
+                before = wire.waits, len(wire.statements), wire.received
+                if line == "POST /token":
+                    users[name] = user.refresh()
+                else:
+                    assert user(line, body).status in (200, 201, 204, 404)
+                after = wire.waits, len(wire.statements), wire.received
+                cost = tuple(b - a for a, b in zip(before, after, strict=True))
+                assert 0 < cost[0] <= limit, line
+                costs[name].append(cost)  # type: ignore[arg-type]
+    for few, many, (line, _, _) in zip(costs["few"], costs["many"], COSTS, strict=True):
+        assert many[0] == few[0], line
+        if "limit" not in line:
+            assert many[2] <= few[2] + 200, line
+    assert_owners_named(postgres_url, set(wire.statements))
+
+
+def assert_owners_named(url: str, statements: set[str]) -> None:
+    """Each finds its rows by an index, and by nothing but the one owner's name."""
+    found = 0
+    for statement in statements:
+        if re.match("BEGIN|COMMIT|ROLLBACK|SET|SELECT 1|$", statement):
+            continue
+        found += 1
+        owner = r"WHERE (owner|name) = \$1|^INSERT INTO \w+ \((owner|name), .*\(\$1"
+        assert re.search(owner, statement), statement
+        plan = sql(url, f"EXPLAIN (GENERIC_PLAN) {statement}")
+        assert not re.search("Seq Scan", str(plan)), (statement, plan)
+    assert found >= 5
+
+
+@SQL
+def test_a_list_is_one_query_and_not_one_an_item(store: Any, store_url: str) -> None:
+    with store.write("alice") as data:
+        for n in range(200):
+            data["todos"][f"todo{n}"] = {"n": n}
+        values = data["todos"].values()
+        assert [value["n"] for value in values] == list(range(200))
