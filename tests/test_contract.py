@@ -1,0 +1,265 @@
+"""The description of the service, read by programs that others wrote."""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from conftest import ROOT, run, serve
+from jsonschema import Draft202012Validator
+from openapi_spec_validator import validate
+
+import service
+from service import Argument, Resource, Route
+from test_service import PASSWORD, World
+
+
+def document_of(world: World, mount: str = "/api") -> dict[str, Any]:
+    """The description, which must be valid OpenAPI 3.1."""
+    answer = world("GET /openapi.json", environ={"SCRIPT_NAME": mount})
+    validate(answer.json)
+    return dict(answer.json)
+
+
+def read_shelf(request: Any, number: int, rest: str) -> Any:
+    """What stands on a shelf
+
+    More than the summary.
+    """
+    return {"number": number, "rest": rest}
+
+
+class Capitals:
+    """Two capital letters: a type of somebody's own."""
+
+    __schema__ = {"type": "string", "pattern": "^[A-Z]{2}$"}
+
+    def __call__(self, value: Any) -> str:
+        if not re.fullmatch("[A-Z]{2}", str(value)):
+            raise ValueError("Two capital letters")
+        return str(value)
+
+
+ARGUMENTS = [
+    Argument("title", required=True),
+    Argument("rank", int, default=7),
+    Argument("price", Decimal),
+    Argument("weight", float),
+    Argument("is_done", bool),
+    Argument("extra", dict),
+    Argument("stars", int, choices=range(1, 6)),
+    Argument("colour", choices=("red", "green")),
+    Argument("tags", action="append"),
+    Argument("parts", int, action="split"),
+    Argument("note", nullable=True),
+    Argument("mood", nullable=True, choices=("good", "bad")),
+    Argument("text", service.Text(2, 8)),
+    Argument("due", service.date),
+    Argument("born", datetime.date.fromisoformat),
+    Argument("uuid", UUID),
+    Argument("country", Capitals()),
+    Argument("shout", lambda value: str(value).upper()),
+    Argument("nick", dest="alias"),
+]
+
+
+@pytest.fixture
+def library() -> World:
+    """A service of somebody's own: resources, one of them shared, and routes."""
+    notes = Resource("notes", "note", ARGUMENTS)
+    rooms = Resource("reading-rooms", "room", [ARGUMENTS[0]], shared="operator")
+    shelf = Route("GET /shelves/<int:number>/<path:rest>", read_shelf, is_open=True)
+    lend = Route("POST /lend", lambda request: None, takes=service.RequestParser())
+    return World(resources=[notes, rooms], routes=[shelf, lend], title="A library")
+
+
+@pytest.fixture(params=["todos", "library"])
+def described(request: pytest.FixtureRequest, world: World) -> World:
+    return request.getfixturevalue("library") if request.param == "library" else world
+
+
+def operations(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {
+        f"{method.upper()} {path}": operation
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    }
+
+
+def parts(value: Any) -> Iterator[dict[str, Any]]:
+    """Every object in the document."""
+    if isinstance(value, dict):
+        yield value
+    if isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from parts(each)
+
+
+def test_every_example_is_valid(described: World) -> None:
+    document, count = document_of(described), 0
+    for part in parts({name: document[name] for name in ("paths", "components")}):
+        schema = part.get("schema", part)
+        given = [part["example"]] if "example" in part else []
+        given += part["examples"] if isinstance(part.get("examples"), list) else []
+        for example in given:
+            whole = schema | {"components": document["components"]}
+            Draft202012Validator(whole).validate(example)
+            count += 1
+    assert count > 10
+
+
+@pytest.mark.parametrize("mount", ["", "/api", "/a b"])
+def test_the_description_knows_where_the_service_is_mounted(
+    world: World, mount: str
+) -> None:
+    document = document_of(world, mount)
+    url = mount.replace(" ", "%20")
+    assert document["servers"] == [{"url": url or "/"}]
+    (flow,) = [part["password"] for part in parts(document) if "password" in part
+               and "tokenUrl" in part["password"]]  # fmt: skip
+    assert flow["tokenUrl"] == f"{url}/token"
+
+
+def test_nothing_in_it_stops_a_generator_or_a_reader_of_yaml(described: World) -> None:
+    text = described("GET /openapi.json").text
+    assert text.isascii()
+    assert not re.search(r"[\x00-\x1f\x7f]", text.replace("\n", ""))
+    document = json.loads(text)
+    for name in document["components"]["schemas"]:
+        assert re.fullmatch("[A-Za-z][A-Za-z0-9_]*", name)
+    for part in parts(document):
+        if part.get("type") == "array":
+            assert part["items"], part
+        if part.get("in") == "header":
+            assert part["schema"]["type"] == "string"
+    names = [each["operationId"] for each in operations(document).values()]
+    assert len(set(names)) == len(names)
+    assert all(re.fullmatch("[a-z][a-z0-9_]*", name) for name in names)
+
+
+def test_a_list_is_of_the_very_items_that_are_described(world: World) -> None:
+    document = document_of(world)
+    found = {
+        name: operations(document)[name]["responses"]["200"]["content"]
+        for name in ("GET /todos", "GET /todos/{id}")
+    }
+    item = found["GET /todos/{id}"]["application/json"]["schema"]
+    assert item.keys() == {"$ref"}
+    a_list = found["GET /todos"]["application/json"]["schema"]
+    if "$ref" in a_list:
+        name = a_list["$ref"].rpartition("/")[2]
+        a_list = document["components"]["schemas"][name]
+    assert a_list["additionalProperties"] == item
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        {},
+        {"note": None, "mood": "bad", "tags": ["a"], "parts": "1,2", "nick": "x"},
+        {"price": "0.10", "weight": 1.5, "is_done": "on", "extra": {"a": [1]}},
+        {"due": "2030-01-31", "born": "2030-01-31", "uuid": str(UUID(int=1))},
+        {"country": "SE", "shout": "x", "stars": 5, "colour": "red", "text": "ab"},
+    ],
+)
+def test_items_are_what_their_schema_says(library: World, sent: dict[str, Any]) -> None:
+    alice = library.user()
+    created = alice("POST /notes", {"title": "T", **sent})
+    assert created.status == 201, created.text
+    document = document_of(library)
+    answer = operations(document)["POST /notes"]["responses"]["201"]
+    schema = answer["content"]["application/json"]["schema"]
+    whole = schema | {"components": document["components"]}
+    Draft202012Validator(whole).validate(created.json)
+    assert alice("PUT /notes/again", created.json).status == 201
+
+
+def test_the_routes_of_an_embedder_are_described_like_ours(library: World) -> None:
+    document = document_of(library)
+    assert document["info"]["title"] == "A library"
+    own = operations(document)
+    shelf = own["GET /shelves/{number}/{rest}"]
+    assert (shelf["operationId"], shelf["summary"]) == (
+        "read_shelf",
+        "What stands on a shelf",
+    )
+    assert [each["name"] for each in shelf["parameters"]] == ["number", "rest"]
+    assert not shelf.get("security")
+    assert own["POST /lend"]["security"]
+    assert own["GET /reading-rooms"]["security"]
+
+
+# ---- Requests that are made up ------------------------------------------------------
+
+SCHEMATHESIS = """
+[checks]  # beside the usual ones: an entity tag that is another one's, and a long body
+positive_data_acceptance.expected-statuses = [
+    "2xx", "3xx", 401, 403, 404, 409, 412, 413, 429,
+]
+negative_data_rejection.expected-statuses = [
+    400, 401, 403, 404, 405, 409, 411, 412, 413, 415, 429,
+]
+
+[[operations]]  # a made-up password is well-formed, and wrong
+include-path = "/users/me"
+checks.positive_data_acceptance.expected-statuses = ["2xx", 400, 401, 429]
+"""
+
+
+def test_the_service_does_what_its_description_says(tmp_path: Path) -> None:
+    """Schemathesis makes up requests, whole sequences too, and checks each answer.
+
+    The bearer's password is none of the examples, so that no request ends the account.
+    """
+    (tmp_path / "schemathesis.toml").write_text(SCHEMATHESIS)
+    files = set(os.listdir(ROOT))
+    with serve() as server:
+        account = {"username": "tester", "password": "one that is no example"}
+        assert server("POST /users", **account).status == 201
+        token = server.log_in(*account.values())["access_token"]
+        status, said = run(
+            *(sys.executable, "-m", "schemathesis.cli", "--no-color"),
+            *("--config-file", "schemathesis.toml", "run"),
+            *(f"{server.url}/openapi.json", "--checks", "all"),
+            *("--header", f"Authorization: Bearer {token}", "--max-examples", "8"),
+            *("--phases", "examples,coverage,fuzzing,stateful", "--workers", "2"),
+            *("--generation-deterministic", "--continue-on-failure"),
+            *("--exclude-operation-id", "end_other_sessions"),
+            folder=tmp_path,
+        )
+        report = "\n".join(line[:500] for line in said.splitlines())
+        assert status == 0, report
+        for phase in ("Examples", "Coverage", "Fuzzing", "Stateful"):
+            assert re.search(rf"✅ +{phase}", report), report
+        assert set(os.listdir(ROOT)) == files, "no database folder is left behind"
+        assert server("GET /health").status == 200
+        assert "Traceback" not in server.log
+
+
+# ---- A client that is generated -----------------------------------------------------
+
+
+def test_a_generated_client_has_all_operations_and_lives_the_life_of_a_todo(
+    server: serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = Path(sys.executable).with_name("openapi-python-client")
+    status, said = run(
+        *(str(generator), "generate", "--meta", "none", "--fail-on-warning"),
+        *("--url", f"{server.url}/openapi.json", "--output-path", "todo_client"),
+        folder=tmp_path,
+    )
+    assert (status, "arning" in said) == (0, False), said
+    document = server("GET /openapi.json").json
+    names = {each["operationId"] for each in operations(document).values()}
+    modules = {path.stem: path for path in tmp_path.glob("todo_client/api/*/*.py")}
+    assert names <= modules.keys()
