@@ -17,10 +17,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -249,6 +251,42 @@ def run(*command: str, folder: Path = ROOT, **environ: str) -> tuple[int, str]:
         check=False,
     )
     return done.returncode, done.stdout
+
+
+class Canned:
+    """A real HTTP server that gives everybody the same bytes, and notes who asks."""
+
+    def __init__(self, reply: Callable[[], bytes]) -> None:
+        self.reply, self.agents, canned = reply, list[str](), self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                canned.agents.append(self.headers["User-Agent"])
+                self.wfile.write(canned.reply())
+
+            def log_message(self, *ignored: object) -> None:
+                pass
+
+        self.handler, self.port = Handler, 0
+
+    def __enter__(self) -> Canned:
+        self.server = ThreadingHTTPServer(("127.0.0.1", self.port), self.handler)
+        self.port = self.server.server_port
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
+def page(body: bytes, status: str = "200 OK", *headers: str) -> bytes:
+    """A whole HTTP answer."""
+    lines = [f"HTTP/1.0 {status}", f"Content-Length: {len(body)}", *headers, "", ""]
+    return "\r\n".join(lines).encode() + body
 
 
 @pytest.fixture(scope="session")

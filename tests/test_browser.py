@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
 
 import pytest
-from conftest import Browser, serve
+from conftest import Browser, Canned, page, serve
 
 from test_service import PASSWORD
 
@@ -82,28 +78,8 @@ def test_a_phone_shows_the_page_in_its_own_width(browser: Browser, site: serve) 
 # ---- Pages of other origins ---------------------------------------------------------
 
 
-class EmptyPage(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        self.send_response(200)
-        self.send_header("Content-Type", "text/html")
-        self.end_headers()
-        self.wfile.write(b'<!doctype html><link rel="icon" href="data:,">')
-
-    def log_message(self, *ignored: Any) -> None:
-        pass
-
-
-@contextmanager
-def another_origin() -> Iterator[str]:
-    """The origin of an empty page."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), EmptyPage) as pages:
-        thread = threading.Thread(target=pages.serve_forever, args=(0.01,))
-        thread.start()
-        yield f"http://127.0.0.1:{pages.server_port}"
-        pages.shutdown()
-        thread.join()
-
-
+HTML = "Content-Type: text/html"
+EMPTY = page(b'<!doctype html><link rel="icon" href="data:,">', "200 OK", HTML)
 CLIENT = """
 const [api, username, password] = given
 const credentials = {grant_type: "password", username, password}
@@ -132,8 +108,8 @@ while (throttled.status != 429) throttled = await post("/token", wrong)
 const answers = [created, changed, stale, page, missing, refused, deleted, revoked]
 return [
   answers.map(answer => answer.status), await changed.json(), await missing.json(),
-  await revoked.json(), page.headers.get("Link"), refused.headers.get("WWW-Authenticate"),
-  throttled.headers.get("Retry-After"),
+  await revoked.json(), page.headers.get("Link"),
+  refused.headers.get("WWW-Authenticate"), throttled.headers.get("Retry-After"),
 ]
 """
 
@@ -142,13 +118,13 @@ def test_a_page_of_a_listed_origin_works_and_one_of_another_cannot(
     browser: Browser,
 ) -> None:
     with (
-        another_origin() as listed,
-        another_origin() as other,
-        serve(SERVICE_CORS_ORIGINS=listed) as server,
+        Canned(lambda: EMPTY) as listed,
+        Canned(lambda: EMPTY) as other,
+        serve(SERVICE_CORS_ORIGINS=listed.url) as server,
     ):
         server("POST /users", username="alice", password=PASSWORD)
         arguments = [server.url, "alice", PASSWORD]
-        browser.open(listed)
+        browser.open(listed.url)
         told = browser.run(CLIENT, *arguments)
         statuses, changed, missing, revoked, link, challenge, wait = told
         assert statuses == [201, 200, 412, 200, 404, 401, 204, 200]
@@ -159,7 +135,7 @@ def test_a_page_of_a_listed_origin_works_and_one_of_another_cannot(
         assert int(wait) >= 1
         assert not [line for line in browser.complaints() if "CORS" in line]
 
-        browser.open(other)
+        browser.open(other.url)
         assert browser.run(CLIENT, *arguments) == "TypeError", "no answer for the page"
         assert [line for line in browser.complaints() if "CORS" in line]
         script = "return (await fetch(given[0] + '/todos', {method: 'PUT'})).status"
