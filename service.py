@@ -1,18 +1,23 @@
 """A to-do service with tokens: a complete REST service in one file.
 
-People sign up, log in, get an access and a refresh token, and keep their to-do list with plain HTTP; for 24 hours no
-password is asked for again. `gunicorn` deploys it, `python service.py` is for development. Then:
+People sign up, log in, and keep a to-do list over plain HTTP. A login gives two
+tokens: the access token opens the service for 15 minutes, the refresh token buys
+the next pair, for 24 hours. `gunicorn` deploys it; `python service.py` is for
+development. Then:
 
     curl localhost:5000/users -d username=alice -d 'password=correct horse battery'
-    curl localhost:5000/token -d grant_type=password -d username=alice -d 'password=correct horse battery'
+    curl localhost:5000/token -d grant_type=password -d username=alice -d 'password=…'
 
-The rooms, in reading order; each uses only what stands above it: Settings, Errors, Arguments, Stores, Tokens,
-Sessions and passwords, HTTP edge, Views, OpenAPI, Routes, Application, Guard, Main.
+Read it from top to bottom; each room uses only what stands above it:
+
+    Settings · Errors · Arguments · Stores · Tokens · Sessions · Passwords
+    Requests and answers · Views · Routes · OpenAPI · Application · Guard · Main
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import hmac
 import ipaddress
@@ -20,31 +25,41 @@ import json
 import logging
 import math
 import os
-import random
 import re
 import secrets
+import sqlite3
 import sys
 import threading
 import time
 import unicodedata
-from collections import OrderedDict, UserDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+)
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
-from functools import cache, lru_cache, partial
+from dataclasses import dataclass, field, fields, replace
+from datetime import date as Date
+from datetime import time as Time
+from decimal import Decimal
+from functools import cache, cached_property, lru_cache, partial
 from getpass import getpass
 from importlib.util import find_spec
 from io import BytesIO
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
-from types import MappingProxyType
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import quote, urlsplit
+from select import select
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import quote, unquote_to_bytes
+from uuid import UUID
 
 import jwt
 import werkzeug
-from jwt.algorithms import has_crypto
-from jwt.utils import base64url_decode, base64url_encode
+from jwt.utils import base64url_encode
+from werkzeug import Response
 from werkzeug import exceptions as http
 from werkzeug.datastructures import FileStorage
 from werkzeug.http import HTTP_STATUS_CODES
@@ -52,117 +67,196 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.routing import Map, RequestRedirect, Rule
 from werkzeug.security import check_password_hash, generate_password_hash
 from werkzeug.serving import run_simple
-from werkzeug.utils import cached_property, send_from_directory
+from werkzeug.utils import send_from_directory
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 log = logging.getLogger("service")
+Clock = Callable[[], float]  # the time in seconds since 1970; tests pass their own
 
-def log_event(event: str, user: str, address: str | None) -> None:
-    log.info("%s: user %r, address %r", event, user[:65], address)  # %r: a name that is none may be any text
 
-# ---- Settings -------------------------------------------------------------------------------------------------------
-# One frozen value holds every setting. It is checked when it is made, so whoever holds one holds a good one.
+# ---- Settings ----------------------------------------------------------------------
+# One frozen value holds every setting. It is checked as it is made, so whoever holds
+# one holds a good one. Nothing else looks at the environment.
 
-_RULES = {  # setting: (pattern of its UTF-8 bytes, what that means, an example)
-    "secret_key": (r"(\s*[^\s,][^,]{30,}[^\s,]\s*(,|$))*", "32 bytes or more, or several such with commas", ""),
-    "store_url": (
-        r"memory:|sqlite:///(?!:).+|postgresql://([^\s@/]*@)?(\[[^\s\]]+\]|[^\s@:/?\[]*)(:[0-9]+)?([/?]\S*)?",
-        "memory:, sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME, with %40 %3A %2F for @ : / in a password",
-        "memory:",
-    ),
-    "access_ttl": (r"[1-9][0-9]{0,5}", "seconds, 1 to 999999", "900"),
-    "refresh_ttl": (r"[1-9][0-9]{0,7}", "seconds, 1 to 99999999", "86400"),
-    "refresh_grace": (r"[0-9]{1,3}", "seconds, 0 to 999", "10"),
-    "signup": (r"open|closed", "open or closed", "closed"),
-    "issuer": (r"https?://[^\s/?#,\"\\]+[^\s?#,\"\\]*", "the URL that clients use", "https://todo.example"),
-    "audience": (r"(\s*[^\s\",\\]{1,200}\s*(,|$)){0,10}", "names with commas between", "https://todo.example"),
-    "cors_origins": (r"\*|(\s*https?://[^\s/?#,]+\s*(,|$))*", "* or origins with commas", "https://app.example"),
-    "signing_key_file": (r"[^\0]*", "PEM files with commas between", "/etc/todo/ed25519.pem"),
-    "max_body": (r"[1-9][0-9]{2,8}", "bytes, 100 to 999999999", "65536"),
-    "max_items": (r"[1-9][0-9]{0,6}", "items, 1 to 9999999", "10000"),
-    "proxies": (r"[0-9]", "trusted hops, 0 to 9", "1"),
-}
-
-MISSING_SECRET = "SERVICE_SECRET_KEY is missing: a lasting store needs one, for example that of openssl rand -hex 32"
 
 @dataclass(frozen=True)
 class Settings:
-    """What an operator chooses; ValueError, in one line, names a bad variable, its fault and a right example."""
+    """What an operator chooses. ValueError, in one line, names what cannot be."""
 
-    secret_key: str = field(default="", repr=False)  # of several, the first signs, all verify
+    secret_key: str = field(default="", repr=False)  # the first signs, all verify
     store_url: str = field(default="memory:", repr=False)
-    access_ttl: int = 900
-    refresh_ttl: int = 86_400  # from one login to the next, whatever is refreshed
-    refresh_grace: int = 10  # for which a superseded refresh token is forgiven
+    access_ttl: int = 900  # seconds
+    refresh_ttl: int = 86_400  # seconds from login to login, whatever is refreshed
+    refresh_grace: int = 30  # seconds for which a superseded refresh token is forgiven
     signup: str = "open"
     issuer: str = "http://localhost:5000"
     audience: str = ""  # the issuer unless given
-    signing_key_file: str = ""  # of several, the first signs access tokens, all verify and are published
+    signing_key_file: str = ""  # the first signs access tokens, all are published
     cors_origins: str = ""
-    max_body: int = 65_536
+    max_body: int = 65_536  # bytes
     max_items: int = 10_000  # of one resource, a user
     proxies: int = 0
 
     def __post_init__(self) -> None:
-        for name, (pattern, right, example) in _RULES.items():
-            value = getattr(self, name)
-            if isinstance(value, list | tuple):
-                object.__setattr__(self, name, value := ",".join(value))
-            text = str(value).encode("utf-8", "surrogateescape").decode("latin-1")
-            if not re.fullmatch(pattern, text, re.ASCII):
-                found = "" if name in ("secret_key", "store_url") else f" {value!r}"
-                right += ", for example " + (example or secrets.token_hex(32))
-                raise ValueError(f"SERVICE_{name.upper()}{found} cannot be: it must be {right}")
-            if isinstance(getattr(Settings, name), int):
-                object.__setattr__(self, name, int(text))
-        if not self.secret_key and self.store_url != "memory:":
-            raise ValueError(MISSING_SECRET)
+        secrets_given = comma_list(self.secret_key)
+        origins = comma_list(self.cors_origins)
+        rules = [
+            (
+                "secret_key",
+                "32 bytes or more (openssl rand -hex 32 prints such), or several",
+                all(len(key.encode()) >= 32 for key in secrets_given)
+                and bool(secrets_given) == bool(self.secret_key),
+            ),
+            (
+                "secret_key",
+                "set for a store that lasts: openssl rand -hex 32 prints one",
+                bool(secrets_given) or self.store_url == "memory:",
+            ),
+            (
+                "store_url",
+                "memory:, sqlite:///todo.db or postgresql://user:password@host/name",
+                self.store_url == "memory:"
+                or re.match("(sqlite:///(?!:)|postgresql://).", self.store_url),
+            ),
+            ("access_ttl", "seconds, such as 900", 0 < self.access_ttl < 10**6),
+            ("refresh_ttl", "seconds, such as 86400", 0 < self.refresh_ttl < 10**8),
+            ("refresh_grace", "seconds, such as 30", 0 <= self.refresh_grace < 1000),
+            ("signup", "open or closed", self.signup in ("open", "closed")),
+            (
+                "issuer",
+                "the URL that clients use, such as https://todo.example",
+                re.fullmatch(r'https?://[^\s?#,"\\]{1,200}', self.issuer),
+            ),
+            (
+                "audience",
+                "a name such as https://todo.example, or several",
+                re.fullmatch(r"[!#-\[\]-~ ]{0,1000}", self.audience),
+            ),
+            (
+                "cors_origins",
+                "* or origins such as https://app.example:8443",
+                origins == ["*"] or all(map(normal_origin, origins)),
+            ),
+            ("max_body", "bytes, such as 65536", 100 <= self.max_body < 10**9),
+            ("max_items", "a number, such as 10000", 0 < self.max_items < 10**7),
+            ("proxies", "the number of proxies in front", 0 <= self.proxies < 10),
+        ]
+        for name, right, is_good in rules:
+            if not is_good:
+                is_secret = name in ("secret_key", "store_url")
+                found = "" if is_secret else f", not {getattr(self, name)!r}"
+                raise ValueError(f"SERVICE_{name.upper()} must be {right}{found}")
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] = os.environ) -> Settings:
-        """Settings from the variables SERVICE_<NAME>; an empty one counts as not set."""
-        given = {name: environ.get(f"SERVICE_{name.upper()}") for name in _RULES}
-        return cls(**{name: text for name, text in given.items() if text})  # type: ignore[arg-type]
+        """SERVICE_ACCESS_TTL=60 sets access_ttl; an empty variable counts as none."""
+        given: dict[str, Any] = {}
+        for setting in fields(cls):
+            variable = f"SERVICE_{setting.name.upper()}"
+            text = environ.get(variable, "")
+            if not text.isprintable():  # nor would it be UTF-8 in every case
+                raise ValueError(f"{variable} must be printable text in UTF-8")
+            if text and isinstance(setting.default, int):
+                given[setting.name] = whole_number(variable, text)
+            elif text:
+                given[setting.name] = text
+        return cls(**given)
+
+    @property
+    def origins(self) -> list[str]:
+        """The origins whose pages may use the service, or ["*"]."""
+        return [normal_origin(each) or each for each in comma_list(self.cors_origins)]
+
+
+def port_from(environ: Mapping[str, str] = os.environ) -> int:
+    """PORT, 5000 if it is not set; ValueError for what is no port."""
+    port = whole_number("PORT", environ.get("PORT") or "5000")
+    if not 0 < port < 65536:
+        raise ValueError(f"PORT must be 1 to 65535, such as 5000, not {port}")
+    return port
+
+
+def whole_number(variable: str, text: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise ValueError(f"{variable} must be a whole number, not {text!r}")
+    return int(text)
+
+
+def normal_origin(text: str) -> str:
+    """An origin as browsers send it (RFC 6454 §6.2); "" for what none can send.
+
+    >>> normal_origin("https://App.Example:443")
+    'https://app.example'
+    """
+    host = r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\]"
+    form = re.fullmatch(rf"(https?)://({host})(:[1-9][0-9]{{0,4}})?/?", text.lower())
+    if not form or int((form[3] or ":1")[1:]) > 65535:
+        return ""
+    scheme, name, port = form.groups("")
+    default = {"http": ":80", "https": ":443"}[scheme]
+    return f"{scheme}://{name}{'' if port == default else port}"
+
 
 def comma_list(text: str) -> list[str]:
-    return [part for part in re.split(r"(?a:\s*,\s*)", text.strip(" \t\n\r\f\v")) if part]
+    return [part.strip() for part in text.split(",") if part.strip()]
 
-# ---- Errors ---------------------------------------------------------------------------------------------------------
-# Whatever goes wrong is an exception that knows its status. Werkzeug has most of them; these add a body of one's own,
-# as flask-restful and OAuth have them, and what tokens and stores have to say. Only create_app answers with them.
+
+# ---- Errors ------------------------------------------------------------------------
+# Whatever goes wrong is an exception that knows its status. Werkzeug has most of them;
+# these say what it has no word for. Only the application turns them into answers.
+
 
 class Refusal(http.BadRequest):
-    """A 400 and its body: message, a text or {argument: text}; or error and error_description (RFC 6749 §5.2)."""
+    """400 with a body of its own, such as {"message": {"task": "Must be text"}}."""
 
     def __init__(self, **data: Any) -> None:
         message = data.get("message", "")
-        super().__init__("; ".join(map(": ".join, message.items())) if isinstance(message, dict) else message)
+        if isinstance(message, dict):
+            message = "; ".join(f"{name}: {text}" for name, text in message.items())
+        super().__init__(message)
         self.data = data
 
-class InvalidToken(http.HTTPException):
-    """What proves nothing: invalid_token from a bearer (RFC 6750 §3.1), invalid_grant as a grant (RFC 6749 §5.2)."""
 
-    code = 401
+class InvalidToken(http.Unauthorized):
+    """A token that proves nothing."""
 
-class StoreError(http.ServiceUnavailable):
-    """The store does not answer now; after a conflict, the whole transaction may simply be run again."""
 
-    def __init__(self, conflict: bool = False) -> None:
+class WrongPassword(Refusal):
+    """400 for somebody who is logged in, invalid_grant for somebody who logs in."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(message={"password": text})
+        self.description = text
+
+
+class StoreDown(http.ServiceUnavailable):
+    """The store does not answer now."""
+
+    def __init__(self) -> None:
         super().__init__("The store does not answer", retry_after=1)
-        self.conflict = conflict
 
-# ---- Arguments ------------------------------------------------------------------------------------------------------
-# A RequestParser holds Arguments. Each looks for its name in parts of the request, converts what it finds, and gives a
-# clean value or says what would be right; the names are those that flask-restful users know. A Resource is a data
-# model: a name, and the arguments that make up one item.
 
-_WORDS = {  # a part of the request, and what an error calls it
-    "json": "the JSON body", "form": "the post body", "args": "the query string", "headers": "the HTTP headers",
-    "cookies": "the request's cookies", "files": "an uploaded file",
+# ---- Arguments ---------------------------------------------------------------------
+# A RequestParser holds Arguments. Each looks for its name in parts of the request,
+# converts what it finds, and gives a clean value or says what would be right; the
+# names are those that flask-restful users know. A Resource is a data model: a name,
+# and the arguments that make up one item.
+
+PLACES = {  # a part of the request, and what an error calls it
+    "json": "the JSON body",
+    "form": "the post body",
+    "args": "the query string",
+    "headers": "the HTTP headers",
+    "cookies": "the request's cookies",
+    "files": "an uploaded file",
 }
-_MISSING: Any = object()
+BODY = ("json", "form")
+MISSING: Any = object()
+
+Read = Callable[[str], Any]  # gives a part of the request by its name in PLACES
+
 
 class Namespace(dict[str, Any]):
     """Parsed arguments: a dict whose keys are attributes too."""
@@ -174,16 +268,18 @@ class Namespace(dict[str, Any]):
             raise AttributeError(name)
         return self[name]
 
+
 class RequestParser:
     """Takes arguments out of any Werkzeug request, in place of flask-restful's reqparse.
 
     >>> from werkzeug.test import EnvironBuilder
-    >>> parser = RequestParser().add_argument("task", required=True).add_argument("rank", type=int)
-    >>> parser.parse_args(werkzeug.Request(EnvironBuilder(data={"task": "x", "rank": "2"}).get_environ()))
+    >>> parser = RequestParser().add_argument("task").add_argument("rank", type=int)
+    >>> form = EnvironBuilder(data={"task": "x", "rank": "2"})
+    >>> parser.parse_args(werkzeug.Request(form.get_environ()))
     {'task': 'x', 'rank': 2}
 
-    trim strips blanks around text; bundle_errors reports all errors at once. Parsers do not nest: for an object inside
-    the body, give the argument a type that takes a dict.
+    trim strips blanks around text; bundle_errors reports all errors at once. Parsers do
+    not nest: for an object inside the body, give the argument a type that takes a dict.
     """
 
     def __init__(self, trim: bool = False, bundle_errors: bool = False) -> None:
@@ -191,17 +287,18 @@ class RequestParser:
         self.args: list[Argument] = []
 
     def add_argument(self, name: str | Argument, **options: Any) -> RequestParser:
-        """Add an Argument, or the one that Argument(name, **options) makes; returns the parser."""
-        self.args.append(replace(name, **options) if isinstance(name, Argument) else Argument(name, **options))
+        """Add an Argument, or the one that Argument(name, **options) makes."""
+        made = name if isinstance(name, Argument) else Argument(name)
+        self.args.append(replace(made, **options))
         return self
 
     def replace_argument(self, name: str, **options: Any) -> RequestParser:
-        """Put a new argument in the place of the one of that name, else KeyError; returns the parser."""
+        """Put a new argument in the place of the one of that name, else KeyError."""
         self.args[self._index(name)] = Argument(name, **options)
         return self
 
     def remove_argument(self, name: str) -> RequestParser:
-        """Take out the argument of that name, else KeyError; returns the parser."""
+        """Take out the argument of that name, else KeyError."""
         del self.args[self._index(name)]
         return self
 
@@ -210,197 +307,303 @@ class RequestParser:
 
     def copy(self) -> RequestParser:
         """An independent parser with the same arguments and options."""
-        parser = RequestParser(self.trim, self.bundle_errors)
-        parser.args = list(self.args)
-        return parser
+        return parser_of(*self.args, trim=self.trim, bundle_errors=self.bundle_errors)
 
-    def parse_args(self, request: werkzeug.Request, strict: bool = False) -> Namespace:
-        """The clean values; strict refuses every name in the body and the query string that no argument reads.
+    def parse_args(
+        self, request: werkzeug.Request, strict: bool = False, partial: bool = False
+    ) -> Namespace:
+        """The clean values.
 
-        Raises BadRequest with data {"message": {name: text}}, or {"message": text} for JSON that cannot be read.
+        strict refuses every name in the body and the query string that no argument
+        reads; partial gives only what was sent, and requires nothing.
+
+        Raises BadRequest with data {"message": {name: text}}, or {"message": text} for
+        a body that cannot be read.
         """
-        part = cache(partial(_part, request))
+        return self.parse(
+            cache(lambda place: read_place(request, place)), strict, partial
+        )
+
+    def parse(
+        self, read: Read, strict: bool = False, partial: bool = False
+    ) -> Namespace:
+        """What parse_args gives, of the parts that read gives."""
         values, errors = Namespace(), {}
-        for argument in self.args:
-            dest, default = argument.dest or argument.name, argument.default
-            try:
-                value = argument.parse(part, self.trim)
-            except ValueError as error:
-                errors[argument.name] = (argument.help or "{error_msg}").replace("{error_msg}", str(error))
-                if not self.bundle_errors:
-                    raise Refusal(message=errors) from None
-            else:
-                if value is not _MISSING:
-                    values[dest] = value
-                elif argument.store_missing and dest not in values:
-                    values[dest] = default() if callable(default) else default
         if strict:
-            known = {(place, argument.name) for argument in self.args for place in argument.places}
-            names = [(place, str(name)) for place in ("json", "form", "files", "args") for name in part(place)]
-            errors = {name: "Unknown argument" for place, name in names if (place, name) not in known} | errors
+            known = {(place, each.name) for each in self.args for place in each.places}
+            for place in ("json", "form", "files", "args"):
+                unknown = [name for name in read(place) if (place, name) not in known]
+                errors |= dict.fromkeys(unknown, "Unknown argument")
+        for argument in self.args:
+            name = argument.dest or argument.name
+            try:
+                value = argument.parse(read, self.trim, partial)
+            except ValueError as error:
+                help = argument.help or "{error_msg}"
+                errors[argument.name] = help.replace("{error_msg}", str(error))
+                if not self.bundle_errors:
+                    break
+            else:
+                if value is not MISSING:
+                    values[name] = value
+                elif argument.store_missing and name not in values and not partial:
+                    values[name] = argument.make_default()
         if errors:
             raise Refusal(message=errors)
         return values
 
+
 @dataclass(frozen=True)
 class Argument:
-    """One argument: where it is looked for, how it is converted, what is done without it.
+    """One argument: where it is looked for, how it is converted, what is without it.
 
     >>> Argument("done", type=bool).convert("False")
     False
+    >>> Argument("price", type=Decimal).convert(0.1)
+    Decimal('0.1')
 
-    type is called once, with the value; ValueError, TypeError, ArithmeticError and failed look-ups become the
-    argument's error. str, int, float, bool, list and dict are read strictly.
+    type is called once, with the value; ValueError, TypeError, ArithmeticError, failed
+    look-ups and endless recursion become the argument's error. The types in KINDS are
+    read strictly. What a type has as __schema__ describes it, as JSON Schema.
     """
 
     name: str
     type: Callable[[Any], Any] = str
     required: bool = False
     default: Any = None  # a value, never converted, or a function that makes one
-    choices: Iterable[Any] = ()
-    location: str | Iterable[str] = ("json", "form")  # the first one that holds the name wins
-    action: str = "store"  # the first value; append: all, in a list; split: the same, cut at commas
+    choices: Collection[Any] = ()
+    location: str | Iterable[str] = ("json", "form", "args")  # the first with the name
+    action: str = "store"  # the first value; append: all, in a list; split: at commas
     dest: str | None = None
     help: str | None = None  # in place of the error, which {error_msg} in it stands for
-    nullable: bool = False
+    nullable: bool | None = None  # None: null counts as not given, where that may be
     trim: bool | None = None  # None: what the parser says
     store_missing: bool = True
     case_sensitive: bool = True  # if not, values and choices are lowered
-    places: list[str] = field(init=False)  # the parts of the request that location means
 
     def __post_init__(self) -> None:
-        locations = [self.location] if isinstance(self.location, str) else self.location
-        places = [place for name in locations for place in (("args", "form") if name == "values" else (name,))]
-        if not set(places) <= _WORDS.keys():
-            raise ValueError(f"{self.name}: a location is one of {', '.join(_WORDS)}, values, not {self.location!r}")
+        if not set(self.places) <= PLACES.keys():
+            right = f"{', '.join(PLACES)} or values"
+            raise ValueError(f"{self.name}: no location {self.location!r}, but {right}")
         if self.action not in ("store", "append", "split"):
-            raise ValueError(f"{self.name}: an action is store, append or split, not {self.action!r}")
+            right = "store, append or split"
+            raise ValueError(f"{self.name}: no action {self.action!r}, but {right}")
         if not callable(self.type):
-            raise TypeError(f"{self.name}: a type is a function of one value, not {self.type!r}")
-        object.__setattr__(self, "places", places)
-        if not isinstance(self.choices, range):
-            object.__setattr__(self, "choices", [self._folded(choice) for choice in self.choices])
+            raise TypeError(f"{self.name}: a type is a function, not {self.type!r}")
 
-    def parse(self, part: Callable[[str], Any], trim: bool = False) -> Any:
-        """The value, or the list of values, or _MISSING; ValueError with the text for the client."""
-        place = next((place for place in self.places if self.name in part(place)), None)
-        if place is None:
-            if self.required:
-                where = [words for place, words in _WORDS.items() if place in self.places]
-                raise ValueError(f"Missing required parameter in {' or '.join(where)}")
-            return _MISSING
-        values = [part(place)[self.name]] if place == "json" else part(place).getlist(self.name)
+    @cached_property
+    def places(self) -> list[str]:
+        given = [self.location] if isinstance(self.location, str) else self.location
+        return " ".join(given).replace("values", "args form").split()
+
+    def parse(self, read: Read, trim: bool = False, partial: bool = False) -> Any:
+        """The value, or the list of values, or MISSING; ValueError for the sender."""
+        for place in self.places:
+            source = read(place)
+            if self.name in source:
+                break
+        else:
+            if self.required and not partial:
+                places = " or ".join(PLACES[place] for place in self.places)
+                raise ValueError(f"Missing required parameter in {places}")
+            return MISSING
+        is_json = place == "json"
+        values = [source[self.name]] if is_json else source.getlist(self.name)
         trim = trim if self.trim is None else self.trim
+        if values == [None] and self.nullable is None and not self.required:
+            return self.make_default()
         if self.action == "store" or values == [None]:
             return self.convert(values[0], trim)
         if isinstance(values[0], list):
             values = values[0]
         elif self.action == "split" and isinstance(values[0], str):
-            values = [item for text in values if text for item in text.split(",")]
+            values = [part for text in values if text for part in text.split(",")]
         return [self.convert(value, trim) for value in values]
 
+    def make_default(self) -> Any:
+        """The default, never the same list twice."""
+        return self.default() if callable(self.default) else copy.deepcopy(self.default)
+
     def convert(self, value: Any, trim: bool = False) -> Any:
-        """One clean value; ValueError with the text for the client."""
+        """One clean value; ValueError with the text for the sender."""
         if value is None:
             if not self.nullable:
                 raise ValueError("Must not be null!")
             return None
-        if trim and isinstance(value, str):
-            value = value.strip()
-        if not (isinstance(value, FileStorage) and self.type is str):  # an upload is itself, unless told otherwise
-            try:
-                value = _strict(self.type, value) if any(self.type is kind for kind in _STRICT) else self.type(value)
-            except ValueError as error:
-                raise ValueError(str(error) or "Invalid value") from None
-            except (TypeError, ArithmeticError, AttributeError, LookupError):
-                raise ValueError("Invalid value") from None
-        value = self._folded(value)
-        if self.choices and value not in self.choices:
-            raise ValueError(f"{value} is not a valid choice")
+        if isinstance(value, str):
+            value = value.strip() if trim else value
+            value = value if self.case_sensitive else value.lower()
+        try:
+            is_kind = isinstance(self.type, type) and self.type in KINDS
+            value = strict(self.type, value) if is_kind else self.type(value)
+        except ValueError as error:
+            raise ValueError(str(error) or "Invalid value") from None
+        except (
+            TypeError,
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RecursionError,
+        ):
+            raise ValueError("Invalid value") from None
+        if self.choices and value not in self.known_choices:
+            raise ValueError(f"{value} is not a valid choice: use {self.choices_text}")
         return value
 
-    def schema(self, example: Any = None, kept: bool = False) -> dict[str, Any]:
-        """What it takes, or what is kept of it, as JSON Schema, with an example."""
-        kind: Any = self.type
-        choices: Any = self.choices
-        schema: dict[str, Any] = {"type": _JSON_TYPES[kind]} if any(kind is each for each in _JSON_TYPES) else {}
-        value = kind() if schema else "text"
-        if isinstance(kind, Text):
-            limits = {"minLength": kind.shortest, "maxLength": kind.longest, "pattern": f"^(?:{kind.pattern})$"}
-            schema, value = {"type": "string", **limits}, ("text" * kind.shortest)[: kind.longest]
-        if choices:
-            value = choices[0]
-            schema |= {"minimum": value, "maximum": choices[-1]} if isinstance(choices, range) else {"enum": choices}
+    @cached_property
+    def known_choices(self) -> Collection[Any]:
+        if self.case_sensitive:
+            return self.choices
+        return [
+            each.lower() if isinstance(each, str) else each for each in self.choices
+        ]
+
+    @property
+    def choices_text(self) -> str:
+        if isinstance(self.choices, range):
+            return f"{self.choices[0]:,} to {self.choices[-1]:,}"
+        return ", ".join(map(str, self.known_choices))
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """What one value must be, or a list of them, as JSON Schema."""
+        schema = dict(getattr(self.type, "__schema__", {}))
+        if isinstance(self.type, type) and self.type in KINDS:
+            schema = dict(KINDS[self.type][0])
+        if isinstance(self.choices, range):
+            schema |= {"minimum": self.choices[0], "maximum": self.choices[-1]}
+        elif self.choices:
+            schema["enum"] = list(self.known_choices)
         if self.action != "store":
-            schema, value = {"type": "array", "items": schema}, [value]
-        if self.nullable or (kept and not self.required and self.default is None):
-            schema = {"anyOf": [schema, {"type": "null"}]}
-        return {**schema, "examples": [value if example is None else example]}
+            schema = {"type": "array", "items": schema}
+        return schema | ({"description": self.help} if self.help else {})
 
-    def _folded(self, value: Any) -> Any:
-        return value.lower() if isinstance(value, str) and not self.case_sensitive else value
 
-def object_schema(arguments: Iterable[Argument], examples: Mapping[str, Any], kept: bool = False) -> dict[str, Any]:
-    """These arguments as the JSON Schema of a body, or of what is kept of all of them, with an example."""
-    arguments = [each for each in arguments if kept or {"json", "form"} & {*each.places}]
-    names = {(each.dest or each.name) if kept else each.name: each for each in arguments}
-    properties = {name: each.schema(examples.get(each.dest or each.name), kept) for name, each in names.items()}
-    return {
-        "type": "object", "properties": properties, "required": [name for name, each in names.items() if each.required],
-        "examples": [{name: schema["examples"][0] for name, schema in properties.items()}],
-    }  # fmt: skip
+KINDS: dict[Any, tuple[dict[str, Any], str]] = {  # JSON Schema, and what an error says
+    str: ({"type": "string"}, "text"),
+    int: ({"type": "integer"}, "an integer"),
+    float: ({"type": "number"}, "a number"),
+    bool: ({"type": "boolean"}, "true or false"),
+    list: ({"type": "array", "items": {}}, "a list"),
+    dict: ({"type": "object"}, "an object"),
+    Decimal: ({"type": "string", "format": "decimal"}, "a decimal number"),
+    FileStorage: ({"type": "string", "format": "binary"}, "a file"),
+}
+SWITCH = {"true": True, "1": True, "on": True, "false": False, "0": False, "off": False}
+NUMBER = r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,3})?"
 
-_FLOAT = re.compile(r"\s*[+-]?([0-9]+(\.[0-9]+)?|\.[0-9]+)([eE][+-]?[0-9]+)?\s*")
-_JSON_TYPES: dict[Any, str] = {
-    str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object",
-}  # fmt: skip
-_STRICT: dict[Any, str] = {
-    str: "text", int: "an integer", float: "a number", bool: "true or false", list: "a list", dict: "an object",
-    FileStorage: "a file",
-}  # fmt: skip
 
-def _strict(kind: Any, value: Any) -> Any:
-    """A value of one of the built-in types, without the surprises of calling them: bool("False"), int(1.5)."""
-    text = str(value)
-    if kind is str and not isinstance(value, bool | list | dict) and not re.search("[\ud800-\udfff]", text):
-        return text
-    if kind is int and (match := re.fullmatch(r"\s*([+-]?[0-9]{1,4300})(\.0)?\s*", text)):
-        return int(match[1])
-    if kind is float and _FLOAT.fullmatch(text) and math.isfinite(float(text)):
+def strict(kind: Any, value: Any) -> Any:
+    """A value of a type in KINDS, without the surprises of calling it: bool("False")."""
+    text = getattr(value, "text", str(value)).strip()
+    if kind is str and isinstance(value, FileStorage):
+        return value  # an upload is itself, unless a type is given
+    if kind is str and not isinstance(value, bool | list | dict):
+        str(value).encode()  # half of a surrogate pair cannot be
+        return str(value)
+    if kind is int and re.fullmatch(r"[+-]?[0-9]{1,4300}(\.0)?", text):
+        return int(text.removesuffix(".0"))
+    if kind is float and re.fullmatch(NUMBER, text) and math.isfinite(float(text)):
         return float(text)
-    if kind is bool and text.lower() in ("true", "1", "false", "0"):
-        return text.lower() in ("true", "1")
+    if kind is Decimal and re.fullmatch(NUMBER, text):
+        return Decimal(text)
+    if kind is bool and text.lower() in SWITCH:
+        return SWITCH[text.lower()]
     if kind in (list, dict, FileStorage) and isinstance(value, kind):
         return value
-    raise ValueError(f"Must be {_STRICT[kind]}")
+    raise ValueError(f"Must be {KINDS[kind][1]}")
 
-def _part(request: werkzeug.Request, place: str) -> Any:
-    """One part of the request: for json the object in the body, {} if there is no body or its type is not JSON.
 
-    Raises BadRequest for what is not strict JSON (RFC 8259): other encodings than UTF-8, NaN, 1e999, a member that
-    stands twice (RFC 7493), half of a surrogate pair, absurd nesting.
+class Number(float):
+    """A number in a JSON body that remembers how it was written, for Decimal."""
+
+    def __init__(self, text: str) -> None:
+        if not math.isfinite(self):
+            raise ValueError(f"{text} is no number that JSON knows")
+        self.text = text
+
+
+def read_place(request: werkzeug.Request, place: str) -> Any:
+    """One part of the request; of JSON the object in the body, {} if there is none.
+
+    Raises BadRequest for what is not UTF-8, and for what is not strict JSON (RFC 8259,
+    RFC 7493): NaN, 1e999, a member that stands twice, half of a surrogate pair, absurd
+    nesting.
     """
-    number = partial(_strict, float)
+    if place == "json":
+        return read_json(request.get_data()) if request.is_json else {}
+    if place == "args":
+        check_utf8(unquote_to_bytes(request.query_string), "query string")
+    if place == "form":
+        body = request.get_data()  # before Werkzeug reads it, and forgets the bytes
+        if request.mimetype == "application/x-www-form-urlencoded":
+            check_utf8(unquote_to_bytes(body), "form")
+        for text in (text for pair in request.form.items(multi=True) for text in pair):
+            # Werkzeug writes U+FFFD for what it cannot decode in a multipart form.
+            if "\ufffd" in text and text.encode() not in unquote_to_bytes(body):
+                check_utf8(body, "form")
+    return getattr(request, place)
+
+
+def check_utf8(data: bytes, what: str) -> None:
     try:
-        if place != "json":
-            return getattr(request, place)
-        body = request.get_data() if request.is_json else b""
-        value = json.loads(body.decode() or "{}", parse_constant=number, parse_float=number, object_pairs_hook=_members)
-        json.dumps(value, ensure_ascii=False).encode()  # what could not be written out again is not let in
-    except (ValueError, RecursionError):
-        raise Refusal(message=f"T{_WORDS[place][1:]} could not be read") from None
+        data.decode()
+    except UnicodeDecodeError:
+        raise Refusal(message=f"The {what} is not UTF-8: send it in UTF-8") from None
+
+
+def read_json(body: bytes) -> dict[str, Any]:
+    """The object that a body holds, {} if it is empty; a BOM is read over."""
+    read = partial(
+        json.loads,
+        parse_float=Number,
+        parse_constant=Number,
+        object_pairs_hook=unique_members,
+    )
+    try:
+        value = read(body.decode("utf-8-sig") or "{}")
+        to_json(value).encode()
+    except UnicodeError:
+        raise Refusal(message=f"{UNREADABLE}: it is not all UTF-8") from None
+    except RecursionError:
+        raise Refusal(message=f"{UNREADABLE}: it nests too deep") from None
+    except ValueError as error:
+        raise Refusal(message=f"{UNREADABLE}: {error}") from None
     if not isinstance(value, dict):
         raise Refusal(message="The JSON body must be an object")
     return value
 
-def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(members := dict(pairs)) < len(pairs):
-        raise ValueError("a member stands twice")
+
+UNREADABLE = "The JSON body could not be read"
+
+
+def unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        raise ValueError("a member stands twice in an object")
     return members
+
+
+def to_json(value: Any) -> str:
+    """JSON text; dates, times, UUIDs and Decimals as their text. Raises ValueError."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, default=as_text)
+
+
+def as_text(value: Any) -> str:
+    if isinstance(value, Date | Time):  # a datetime is a date too
+        return value.isoformat()
+    if isinstance(value, UUID | Decimal):
+        return str(value)
+    raise ValueError(f"{type(value).__name__} is nothing that JSON can hold")
+
 
 @dataclass(frozen=True)
 class Text:
-    """A type: so many characters of text, without NUL. A class, so that its limits can be read elsewhere."""
+    """A type: so many characters of text, without NUL.
+
+    >>> Text(1, 3)("abc")
+    'abc'
+    """
 
     shortest: int
     longest: int
@@ -410,1245 +613,1930 @@ class Text:
     def __call__(self, value: Any) -> str:
         if not isinstance(value, str):
             raise ValueError("Must be text")
-        text = str(_strict(str, value))
-        if not self.shortest <= len(text) <= self.longest:
-            raise ValueError(f"Must have {self.shortest:,} to {self.longest:,} characters, not {len(text):,}")
-        if not re.fullmatch(self.pattern, text):
+        if not self.shortest <= len(value) <= self.longest:
+            limits = f"{self.shortest:,} to {self.longest:,} characters"
+            raise ValueError(f"Must have {limits}, not {len(value):,}")
+        if not re.fullmatch(self.pattern, value):
             raise ValueError(f"Must be {self.hint}")
-        return text
+        return str(strict(str, value))
 
-def parser_of(*arguments: Argument) -> RequestParser:
-    parser = RequestParser(bundle_errors=True)
+    @property
+    def __schema__(self) -> dict[str, Any]:
+        limits = {"minLength": self.shortest, "maxLength": self.longest}
+        return {"type": "string", **limits, "pattern": f"^{self.pattern}$"}
+
+
+def date(value: Any) -> Date:
+    """A type: a day of the calendar, written as RFC 3339 does.
+
+    >>> date("2030-01-31")
+    datetime.date(2030, 1, 31)
+    """
+    with suppress(ValueError):
+        if re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", str(value)):
+            return Date.fromisoformat(value)
+    raise ValueError("Must be a date such as 2030-01-31")
+
+
+date.__schema__ = {"type": "string", "format": "date"}  # type: ignore[attr-defined]
+
+
+def parser_of(*arguments: Argument, **options: bool) -> RequestParser:
+    parser = RequestParser(**{"bundle_errors": True} | options)
     parser.args.extend(arguments)
     return parser
 
-@dataclass(frozen=True, eq=False)
-class Resource:
-    """A data model. Registering it gives it the routes /<name> and /<name>/<id>, with ids like todo1 for the item todo.
 
-    arguments say what an item holds; starter, {id: item}, is what a new account begins with.
+class Resource:
+    """A data model. Registering it gives it the routes /<name> and /<name>/<id>.
+
+    Ids are made of the word for one item: todo1, todo2, … arguments say what an item
+    holds, and are read from the body. starter, {id: item}, is what a new account begins
+    with. Items belong to users; but with shared, which names a role, there is one list
+    for all: every bearer reads it, and bearers with that role write it.
+
+    Raises ValueError for names that cannot be, and a starter that arguments refuse.
     """
 
-    name: str
-    item: str
-    arguments: Iterable[Argument]
-    starter: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    parser: RequestParser = field(init=False)
-    changes: RequestParser = field(init=False)  # takes some of the arguments: what is not sent stays as it is
+    def __init__(
+        self,
+        name: str,
+        item: str,
+        arguments: Iterable[Argument],
+        starter: Mapping[str, Mapping[str, Any]] | None = None,
+        shared: str | None = None,
+    ) -> None:
+        for word in (name, item):
+            if not re.fullmatch("[a-z][a-z-]{0,20}", word) or word in RESERVED:
+                right = "lower-case words such as notes and note can"
+                raise ValueError(
+                    f"{word!r} cannot name a resource or its items; {right}"
+                )
+        if shared and starter:
+            raise ValueError(
+                f"{name} is shared: no account begins with a starter of it"
+            )
+        self.name, self.item, self.shared = name, item, shared
+        self.parser = parser_of(*(replace(each, location=BODY) for each in arguments))
+        self.starter = {}
+        for id, values in (starter or {}).items():
+            try:
+                read = {"json": values, "form": {}, "files": {}, "args": {}}.__getitem__
+                self.starter[id] = self.parser.parse(read, strict=True)
+                to_json(self.starter[id])
+            except (http.BadRequest, ValueError) as error:
+                raise ValueError(
+                    f"starter {id!r} of {name} cannot be: {error}"
+                ) from None
 
-    @property
-    def example(self) -> Mapping[str, Any]:
-        return next(iter(self.starter.values()), {})
 
-    def __post_init__(self) -> None:
-        reserved = ("account", "sessions", "counters", "users", "token", "revoke", "health", "docs")
-        for word in (self.name, self.item):
-            if not re.fullmatch("[a-z][a-z-]{0,20}", word) or word in reserved:
-                raise ValueError(f"{word!r} cannot name a resource or its items; words like notes and note can")
-        arguments = tuple(self.arguments)
-        changes = [replace(argument, required=False, store_missing=False) for argument in arguments]
-        self.__dict__.update(arguments=arguments, parser=parser_of(*arguments), changes=parser_of(*changes))
+RESERVED = ("account", "sessions", "counters", "users", "token", "revoke", "health")
+TODOS = {
+    "todo1": {"task": "build an API"},
+    "todo2": {"task": "?????"},
+    "todo3": {"task": "profit!"},
+}
+TASK = Argument("task", Text(1, 10_000), required=True)
+TODO_RESOURCE = Resource("todos", "todo", [TASK], TODOS)
 
-TODOS = {"todo1": {"task": "build an API"}, "todo2": {"task": "?????"}, "todo3": {"task": "profit!"}}
-TODO_RESOURCE = Resource("todos", "todo", [Argument("task", type=Text(1, 10_000), required=True)], TODOS)
 
-# ---- Stores ---------------------------------------------------------------------------------------------------------
-# All that one user owns is a nested mapping {collection: {key: plain JSON dict}}, reached through one transaction,
-# store.read(user) or store.write(user). Nothing crosses users, so nothing is contended, and any machine can hold any
-# user. Values are replaced, never edited in place; check first, then write, for the memory store cannot roll back.
+# ---- Stores ------------------------------------------------------------------------
+# All that one user owns is one nested dict, reached through one transaction:
+#
+#     with store.write("alice") as data:
+#         data["todos"]["todo4"] = {"task": "something new"}
+#
+# A store keeps a user as one small document (account, sessions, counters) and a row for
+# each item. A block changes all or nothing, and holds its user's row meanwhile, so one
+# user's writes come one after the other. Nothing crosses users: any machine can hold
+# any of them. Whoever passes a Query reads what it names, and no more.
 
-Data = MutableMapping[str, Any]  # {collection: Collection}; a collection that was never written is empty
+PARTS = ("account", "sessions", "counters")  # of the document
+PAGE_SIZE = 1_000_000  # characters; a page ends with the item that goes past it
+SHARED = "/"  # owns what belongs to no user: no user name has a slash
 
-class Collection(UserDict[str, dict[str, Any]]):
-    """A collection in memory: a new key goes to the end, an overwritten one keeps its place."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._positions: dict[str, int] = {}
-        self._next = count(1)  # no position is given twice, so a page's cursor outlives the item it stands on
+class Query(NamedTuple):
+    """Which items to read beside the document: one, a page of a resource, or all."""
 
-    def __setitem__(self, key: str, value: dict[str, Any]) -> None:
-        to_text(value)
-        if key not in self.data:
-            self._positions[key] = next(self._next)
-        self.data[key] = value
+    resource: str = ""  # of every resource
+    id: str = ""  # every item
+    after: int = 0  # the position before the page
+    limit: int = 10**9
 
-    def __delitem__(self, key: str) -> None:
-        del self.data[key], self._positions[key]
 
-    def __iter__(self) -> Iterator[str]:
-        return iter([*self.data])  # a copy, so that a loop may delete
+NO_ITEMS, EVERYTHING = Query(limit=0), Query()
 
-    def page(self, after: int = 0, limit: int | None = None) -> list[tuple[int, str, dict[str, Any]]]:
-        """The first (position, key, value) past a position, in the order of creation."""
-        return list(islice(((n, key, self.data[key]) for key, n in self._positions.items() if n > after), limit))
 
-def to_text(value: dict[str, Any]) -> str:
-    """A value as the text that stores keep; TypeError or ValueError if it is not a JSON object."""
-    text = json.dumps(value, allow_nan=False)
-    if not isinstance(value, dict) or json.loads(text) != value:
-        raise TypeError(f"a value is a dict that JSON can hold, not {value!r}")
-    return text
+class Row(NamedTuple):
+    """An item as stores keep it; the document is a row of no resource."""
+
+    resource: str
+    position: int  # in the order of creation; given once
+    id: str
+    text: str  # JSON; "" to take it away
+
+
+NOBODY = Row("", 0, "", "{}")
+Select = Callable[[Query], list[Row]]  # the document, items, and one too many if cut
+
+
+class Page(dict[str, Any]):
+    """Items by id, in the order of their creation."""
+
+    next: int | None = None  # where it was cut: the position after which to go on
+
+
+class Data(dict[str, Any]):
+    """What one user owns: account, sessions, counters, and the items of each resource.
+
+    A snapshot may stand in a with statement, as a write must.
+    """
+
+    def __init__(self, select: Select, query: Query) -> None:
+        self._select, self.is_cleared = select, False
+        self._rows: dict[tuple[str, str], Row] = {}  # as they were
+        self._document = self.fetch(query)
+        self.update(load(self._document))
+
+    def __missing__(self, name: str) -> Page:
+        self[name] = page = Page()
+        return page
+
+    def fetch(self, query: Query) -> str:
+        """Read more of the items; returns the document as it was."""
+        document, *rows = self._select(query)
+        size = 0
+        for index, row in enumerate(rows):
+            if query.resource and (index == query.limit or size >= PAGE_SIZE):
+                self[query.resource].next = rows[index - 1].position
+                break
+            size += len(row.text)
+            self._rows[row.resource, row.id] = row
+            self[row.resource][row.id] = load(row.text)
+        return document.text
+
+    def counter(self, resource: str) -> dict[str, int]:
+        """How many items there are; the last position given, and number in an id."""
+        zero = {"count": 0, "position": 0, "number": 0}
+        counter: dict[str, int] = self["counters"].setdefault(resource, zero)
+        return counter
+
+    def clear(self) -> None:
+        """Take away all that the user owns, read or not."""
+        super().clear()
+        self._rows.clear()
+        self.is_cleared = True
+
+    def changes(self) -> tuple[str, list[Row]]:
+        """The document, "" if it is as it was, and the rows that the block changed."""
+        changed, gone = [], dict(self._rows)
+        for resource in [name for name in self if name not in PARTS]:
+            for id, item in self[resource].items():
+                row, text = gone.pop((resource, id), None), to_json(dict(item))
+                if row is None:
+                    counter = self.counter(resource)
+                    counter["count"] += 1
+                    counter["position"] += 1
+                    row = Row(resource, counter["position"], id, "")
+                if text != row.text:
+                    changed.append(row._replace(text=text))
+        for row in gone.values():
+            self.counter(row.resource)["count"] -= 1
+            changed.append(row._replace(text=""))
+        document = to_json({part: self[part] for part in PARTS})
+        return "" if document == self._document else document, changed
+
+    def __enter__(self) -> Data:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def load(text: str) -> dict[str, Any]:
+    """The object in a row; 503 for a row that somebody else has spoilt."""
+    with suppress(ValueError):
+        value = json.loads(text)
+        if isinstance(value, dict):
+            return value
+    raise store_down("a row holds no JSON object")
+
+
+def store_down(reason: object) -> StoreDown:
+    log.error("store: %s", str(reason).partition("\n")[0])  # the rest may quote users
+    return StoreDown()
+
 
 class MemoryStore:
     """Dicts under a lock: one process, and all is gone when it ends."""
 
     def __init__(self) -> None:
-        self._users: dict[str, Data] = {}
+        self._documents: dict[str, Row] = {}
+        self._rows: dict[str, dict[str, dict[str, Row]]] = {}  # by owner and resource
         self._lock = threading.RLock()
 
-    @contextmanager
-    def read(self, user: str) -> Iterator[Data]:
-        """What the user owns at this moment; writers wait until the block ends."""
+    def read(self, owner: str, query: Query = EVERYTHING) -> Data:
+        """A snapshot of what the owner has."""
         with self._lock:
-            yield self._users.get(user) or defaultdict(Collection)
+            return Data(partial(self._select, owner), query)
 
     @contextmanager
-    def write(self, user: str) -> Iterator[Data]:
-        """What the user owns, to be changed; everybody else waits until the block ends."""
-        with self._lock:
-            data = self._users.setdefault(user, defaultdict(Collection))
-            try:
-                yield data
-            finally:
-                self._users[user] = data
-                if not any(data.values()):
-                    del self._users[user]
+    def write(self, owner: str, query: Query = EVERYTHING) -> Iterator[Data]:
+        """What the owner has, to be changed: all of it, or nothing if the block raises.
 
-_SCHEMA_VERSION = 1
-_SCHEMA = (  # the primary key is the order of a page; with key before position, PostgreSQL would scan the collection
-    "CREATE TABLE IF NOT EXISTS user_data (owner TEXT, collection TEXT, position BIGINT, key TEXT NOT NULL,"
-    " value TEXT NOT NULL, PRIMARY KEY (owner, collection, position), UNIQUE (owner, collection, key))",
-    "CREATE TABLE IF NOT EXISTS schema_version (version INTEGER PRIMARY KEY)",
-)
-_ALL = "owner = :owner AND collection = :collection"
-_ONE = f"{_ALL} AND key = :key"
-_SQL = {
-    "lock": "SELECT pg_advisory_xact_lock(hashtextextended(:owner, 0))",
-    "get": f"SELECT value FROM user_data WHERE {_ONE}",
-    "page": f"SELECT position, key, value FROM user_data WHERE {_ALL} AND position > :after"
-    " ORDER BY position LIMIT :limit",
-    "count": f"SELECT count(*) FROM user_data WHERE {_ALL}",
-    # The time, since max + 1 alone would give the place of a deleted last item again, where a cursor may stand.
-    "set": "INSERT INTO user_data (owner, collection, position, key, value) SELECT CAST(:owner AS TEXT),"
-    " CAST(:collection AS TEXT), CASE WHEN max(position) >= :now THEN max(position) + 1 ELSE CAST(:now AS BIGINT) END,"
-    f" CAST(:key AS TEXT), CAST(:value AS TEXT) FROM user_data WHERE {_ALL}"
-    " ON CONFLICT (owner, collection, key) DO UPDATE SET value = excluded.value",
-    "delete": f"DELETE FROM user_data WHERE {_ONE}",
-    "empty": f"DELETE FROM user_data WHERE {_ALL}",
-    "clear": "DELETE FROM user_data WHERE owner = :owner",
+        No block is opened inside of a block.
+        """
+        with self._lock:
+            data = self.read(owner, query)
+            yield data
+            document, rows = data.changes()
+            if data.is_cleared:
+                self._rows.pop(owner, None)
+            if document:
+                self._documents[owner] = NOBODY._replace(text=document)
+            for row in rows:
+                items = self._rows.setdefault(owner, {}).setdefault(row.resource, {})
+                items[row.id] = row
+                if not row.text:
+                    del items[row.id]
+
+    def _select(self, owner: str, query: Query) -> list[Row]:
+        resources = self._rows.get(owner, {})
+        items = resources.get(query.resource, {})
+        rows: Iterable[Row] = ()
+        if query.id:
+            rows = [items[query.id]] if query.id in items else ()
+        elif query.resource:
+            rest = (row for row in items.values() if row.position > query.after)
+            rows = islice(rest, query.limit + 1)
+        elif query.limit:
+            rows = (row for items in resources.values() for row in items.values())
+        return [self._documents.get(owner, NOBODY), *rows]
+
+
+_DOCUMENT = "SELECT '', 0, '', document FROM users WHERE name = :owner"
+_ITEMS = "SELECT resource, position, id, value FROM items WHERE owner = :owner"
+SELECTS = {  # one statement each, and so of one moment
+    "nothing": _DOCUMENT,
+    "item": f"{_DOCUMENT} UNION ALL {_ITEMS} AND resource = :resource AND id = :id",
+    "page": f"{_DOCUMENT} UNION ALL SELECT resource, position, id, value FROM ("
+    "SELECT *, sum(length(value)) OVER (ORDER BY position ROWS BETWEEN"
+    " UNBOUNDED PRECEDING AND 2 PRECEDING) AS size FROM items WHERE owner = :owner"
+    " AND resource = :resource AND position > :after ORDER BY position"
+    f" LIMIT :limit + 1) AS page WHERE coalesce(size, 0) < {PAGE_SIZE} ORDER BY 1, 2",
+    "everything": f"{_DOCUMENT} UNION ALL {_ITEMS} ORDER BY 1, 2",
 }
+TABLES = (
+    "CREATE TABLE IF NOT EXISTS users (name TEXT PRIMARY KEY, document TEXT NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS items (owner TEXT, resource TEXT, position BIGINT,"
+    " id TEXT NOT NULL, value TEXT NOT NULL,"
+    " PRIMARY KEY (owner, resource, position), UNIQUE (owner, resource, id))",
+)
+CLAIM = (
+    "INSERT INTO users (name, document) VALUES (:owner, '{}') ON CONFLICT DO NOTHING"
+)
+KEEP = "UPDATE users SET document = :document WHERE name = :owner"
+PUT = (
+    "INSERT INTO items (owner, resource, position, id, value)"
+    " VALUES (:owner, :resource, :position, :id, :text)"
+    " ON CONFLICT (owner, resource, id) DO UPDATE SET value = excluded.value"
+)
+DELETE = "DELETE FROM items WHERE owner = :owner AND resource = :resource AND id = :id"
+CLEAR = "DELETE FROM items WHERE owner = :owner"
 
-# The options of an engine, of a reader's transaction and of a writer's. With AUTOCOMMIT SQLite's driver begins nothing
-# by itself, so that a writer can take the lock as it begins.
-_SQLITE: list[dict[str, Any]] = [{"isolation_level": "AUTOCOMMIT"}, {"begin": "BEGIN"}, {"begin": "BEGIN IMMEDIATE"}]
-_PATIENCE = {
-    "connect_timeout": 5, "tcp_user_timeout": 10_000, "keepalives_idle": 10,
-    "options": "-c lock_timeout=10s -c idle_in_transaction_session_timeout=30s",
-}  # fmt: skip
-_POSTGRES: list[dict[str, Any]] = [
-    {"isolation_level": "READ COMMITTED", "pool_pre_ping": True, "connect_args": _PATIENCE},
-    {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}, {},
-]  # fmt: skip
+Statement = tuple[str, Mapping[str, Any]]
 
-class SQLCollection(MutableMapping[str, dict[str, Any]]):
-    """A collection in a table; nothing is loaded but what is asked for."""
 
-    def __init__(self, run: Callable[..., Any]) -> None:
-        self._run = run
+class SQLiteStore:
+    """The same in two tables of a file: several processes, one machine.
 
-    def __getitem__(self, key: str) -> dict[str, Any]:
-        if (row := self._run("get", key=key).first()) is None:
-            raise KeyError(key)
-        return dict(json.loads(row[0]))
-
-    def __setitem__(self, key: str, value: dict[str, Any]) -> None:
-        self._run("set", key=key, value=to_text(value), now=time.time_ns() // 1000)
-
-    def __delitem__(self, key: str) -> None:
-        if not self._run("delete", key=key).rowcount:
-            raise KeyError(key)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter([key for _, key, _ in self.page()])
-
-    def __len__(self) -> int:
-        return int(self._run("count").scalar())
-
-    def clear(self) -> None:
-        self._run("empty")
-
-    def page(self, after: int = 0, limit: int | None = None) -> list[tuple[int, str, dict[str, Any]]]:
-        rows = self._run("page", after=after, limit=2**60 if limit is None else limit)
-        return [(position, key, json.loads(text)) for position, key, text in rows]
-
-class SQLData(dict[str, SQLCollection]):
-    """One user's collections, made when they are asked for."""
-
-    def __init__(self, run: Callable[..., Any]) -> None:
-        self._run = run
-
-    def __missing__(self, collection: str) -> SQLCollection:
-        return SQLCollection(partial(self._run, collection=collection))
-
-    def clear(self) -> None:
-        self._run("clear")
-
-class SQLStore:
-    """The same mapping in one table: in SQLite for one machine, in PostgreSQL for several.
-
-    A writer holds its user's lock (in SQLite: the file's), so one user's writes come one after the other and do not
-    conflict; a reader sees a snapshot. Raises StoreError, and ValueError for a URL or a schema that cannot be used.
+    A process has up to 15 connections, and keeps them for their next use. Raises
+    ValueError for a file whose folder is not there.
     """
+
+    begin = ("BEGIN IMMEDIATE", CLAIM)  # and the owner's row is nobody else's
+    errors: type[Exception] = sqlite3.Error
+
+    def __init__(self, path: str) -> None:
+        self._path, self._was_there = path, False
+        self._pools: dict[Any, tuple[list[Any], threading.Semaphore]] = {}
+        if not Path(path).resolve().parent.is_dir():
+            raise ValueError(
+                f"SERVICE_STORE_URL must name a folder that is there: {path}"
+            )
+
+    def read(self, owner: str, query: Query = EVERYTHING) -> Data:
+        """A snapshot of what the owner has."""
+        with self._connection() as connection:
+            return Data(partial(self._select, connection, owner), query)
+
+    @contextmanager
+    def write(self, owner: str, query: Query = EVERYTHING) -> Iterator[Data]:
+        """What the owner has, to be changed: all of it, or nothing if the block raises.
+
+        No block is opened inside of a block.
+        """
+        mine = {"owner": owner}
+        with self._connection() as connection:
+            try:
+                self.run(connection, [(sql, mine) for sql in self.begin])
+                data = Data(partial(self._select, connection, owner), query)
+                yield data
+                document, rows = data.changes()
+                end: list[Statement] = [(CLEAR, mine)] if data.is_cleared else []
+                end += [
+                    (PUT if row.text else DELETE, mine | row._asdict()) for row in rows
+                ]
+                if document:
+                    end.append((KEEP, mine | {"document": document}))
+                self.run(connection, [*end, ("COMMIT" if end else "ROLLBACK", {})])
+            except BaseException:
+                connection.rollback()
+                raise
+
+    def _select(self, connection: Any, owner: str, query: Query) -> list[Row]:
+        kind = "item" if query.id else "page" if query.resource else "everything"
+        sql = SELECTS[kind if query.limit else "nothing"]
+        rows = self.run(connection, [(sql, {"owner": owner, **query._asdict()})])
+        return [Row(*row) for row in rows] or [NOBODY]
+
+    @contextmanager
+    def _connection(self) -> Iterator[Any]:
+        idle, room = self._pools.setdefault(self.pool(), ([], threading.Semaphore(15)))
+        if not room.acquire(timeout=2):
+            raise store_down("all connections are in use")
+        connection = None
+        try:
+            connection = self._take(idle)
+            yield connection
+        except self.errors as error:
+            if connection:
+                connection = connection.close()
+            raise store_down(error) from error
+        finally:
+            if connection:
+                idle.append(connection)
+            room.release()
+
+    def _take(self, idle: list[Any]) -> Any:
+        with suppress(IndexError):
+            while True:
+                connection = idle.pop()
+                if self.is_alive(connection):
+                    return connection
+                connection.close()
+        return self.connect()
+
+    def pool(self) -> Any:
+        """What a connection is good for: this process, and the file that is there now."""
+        try:
+            if not self._was_there:
+                os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
+                self._was_there = True
+            # Connections to a file that was deleted or replaced stay open: closing the
+            # last one would delete the -wal file by its name.
+            return os.getpid(), os.stat(self._path).st_ino
+        except OSError as error:
+            raise store_down(error) from error
+
+    def connect(self) -> Any:
+        connection = sqlite3.connect(
+            f"file:{quote(self._path)}?mode=rw",
+            uri=True,
+            timeout=10,
+            isolation_level=None,
+            check_same_thread=False,
+        )
+        for _ in range(100):  # whoever turns it to WAL locks it, and no timeout waits
+            with suppress(sqlite3.OperationalError):
+                connection.execute("PRAGMA journal_mode = WAL")
+                break
+            time.sleep(0.02)
+        for sql in ("PRAGMA synchronous = FULL", *TABLES):
+            connection.execute(sql)
+        return connection
+
+    def is_alive(self, connection: Any) -> bool:
+        return True
+
+    def run(self, connection: Any, statements: list[Statement]) -> list[Any]:
+        """Run the statements, and give the rows of the last."""
+        return [connection.execute(*each) for each in statements][-1].fetchall()
+
+
+class PostgresStore(SQLiteStore):
+    """The same in PostgreSQL, for several machines; what differs from SQLite.
+
+    Raises ValueError for a URL or a database that cannot be used; one that is down now
+    may come up.
+    """
+
+    begin = ("BEGIN", CLAIM, f"{_DOCUMENT} FOR UPDATE")
 
     def __init__(self, url: str) -> None:
-        self._is_sqlite, self._is_ready, self._later = url.startswith("sqlite:"), False, 0
-        options, self._reader, self._writer = _SQLITE if self._is_sqlite else _POSTGRES
         try:
-            import sqlalchemy as sa
-
-            self._engine = sa.create_engine(url, pool_timeout=5, **options)
-        except ImportError as error:
-            extra = "sql" if error.name == "sqlalchemy" else "postgres"
-            raise ValueError(f"SERVICE_STORE_URL needs: pip install 'todo-service[{extra}]'") from None
-        self._errors = (sa.exc.DBAPIError, sa.exc.TimeoutError)
-        self._statements = {name: sa.text(sql) for name, sql in _SQL.items()}
-        if self._is_sqlite:
-            sa.event.listen(self._engine, "connect", _set_up_sqlite)
-            sa.event.listen(self._engine, "begin", lambda c: c.exec_driver_sql(c.get_execution_options()["begin"]))
-        with suppress(StoreError):  # a database that is down now may come up
-            self._make_ready()
-        self.close()  # so that no connection is carried over a fork
-        if self._later:
-            raise ValueError(f"SERVICE_STORE_URL: a later version made this store, with schema {self._later}")
-
-    def _make_ready(self) -> None:
-        """Make the tables, once for all the workers that start together; refuse those of a later version."""
-        for attempts_left in reversed(range(10 if self._is_sqlite else 1)):  # SQLite may be locked as it turns to WAL
-            patience = suppress(StoreError) if attempts_left else nullcontext()
-            with patience, self._transaction(self._writer) as connection:
-                if not self._is_sqlite:
-                    connection.execute(self._statements["lock"], {"owner": ""})
-                for statement in _SCHEMA:
-                    connection.exec_driver_sql(statement)
-                version = connection.exec_driver_sql("SELECT max(version) FROM schema_version").scalar()
-                if version is None:
-                    connection.exec_driver_sql(f"INSERT INTO schema_version VALUES ({_SCHEMA_VERSION})")
-                break
-            time.sleep(random.random() / 20)
-        self._later = version if version and version > _SCHEMA_VERSION else 0
-        self._is_ready = not self._later
-
-    @contextmanager
-    def _transaction(self, options: dict[str, Any]) -> Iterator[Any]:
+            import psycopg
+        except ImportError:
+            right = "pip install 'psycopg[binary]'"
+            raise ValueError(f"SERVICE_STORE_URL needs psycopg: {right}") from None
+        self.errors, self._pools = psycopg.Error, {}
+        self._url = url
         try:
-            with self._engine.connect().execution_options(**options) as connection, connection.begin():
-                yield connection
-        except self._errors as error:
-            cause = getattr(error, "orig", None) or error
-            log.error("store: %s", str(cause).partition("\n")[0])  # the rest would quote what users wrote
-            raise StoreError(conflict=getattr(cause, "sqlstate", None) in ("40001", "40P01")) from error
+            self.connect().close()
+        except psycopg.OperationalError as error:
+            store_down(error)
+        except psycopg.Error:  # which may quote the password
+            right = "a PostgreSQL database in UTF8 that has the tables, or may get them"
+            raise ValueError(f"SERVICE_STORE_URL must name {right}") from None
 
-    @contextmanager
-    def _user_data(self, user: str, options: dict[str, Any], *, lock: bool) -> Iterator[Data]:
-        if not self._is_ready:
-            self._make_ready()
-        if self._later:
-            raise StoreError()
-        with self._transaction(options) as connection:
+    def pool(self) -> Any:
+        return os.getpid()
 
-            def run(statement: str, **values: Any) -> Any:
-                return connection.execute(self._statements[statement], {"owner": user, **values})
+    def connect(self) -> Any:
+        import psycopg
 
-            if lock:
-                run("lock")
-            yield SQLData(run)
+        options = psycopg.conninfo.conninfo_to_dict(self._url)
+        connection = psycopg.connect(**PATIENCE | options, autocommit=True)
+        try:
+            pid, encoding, has_tables = connection.execute(SET_UP).fetchone()[:3]
+            if encoding != "UTF8":
+                raise psycopg.NotSupportedError(f"the database is in {encoding}")
+            if pid != connection.info.backend_pid:
+                connection.prepare_threshold = None
+            for sql in () if has_tables else TABLES:
+                connection.execute(sql)
+        except psycopg.Error:
+            connection.close()
+            raise
+        return connection
 
-    def close(self) -> None:
-        """Close the connections that wait in the pool."""
-        self._engine.dispose()
+    def is_alive(self, connection: Any) -> bool:
+        """A server that speaks unasked has said goodbye."""
+        return not select([connection], [], [], 0)[0]
 
-    def read(self, user: str) -> AbstractContextManager[Data]:
-        """A snapshot of what the user owns."""
-        return self._user_data(user, self._reader, lock=False)
+    def run(self, connection: Any, statements: list[Statement]) -> list[Any]:
+        """Run the statements in one round trip, and give the rows of the last."""
+        with connection.pipeline() if statements[1:] else nullcontext():
+            cursors = [
+                connection.execute(named(sql), values) for sql, values in statements
+            ]
+        return cursors[-1].fetchall() if cursors[-1].description else []
 
-    def write(self, user: str) -> AbstractContextManager[Data]:
-        """What the user owns, to be changed; all of it, or nothing if the block raises."""
-        return self._user_data(user, self._writer, lock=not self._is_sqlite)
 
-def _set_up_sqlite(connection: Any, record: Any) -> None:
-    for pragma in ("busy_timeout = 10000", "journal_mode = WAL", "synchronous = FULL"):
-        connection.execute(f"PRAGMA {pragma}").close()
+PATIENCE = {
+    "connect_timeout": 2,
+    "tcp_user_timeout": 10_000,
+    "keepalives_idle": 10,
+    "client_encoding": "utf8",
+}
+SET_UP = (
+    "SELECT pg_backend_pid(), current_setting('server_encoding'),"
+    " to_regclass('items') IS NOT NULL, set_config('lock_timeout', '10s', false),"
+    " set_config('idle_in_transaction_session_timeout', '30s', false)"
+)
 
-def open_store(url: str) -> MemoryStore | SQLStore:
-    """The store that a URL names: memory:, sqlite:///FILE or postgresql://USER@HOST/DATABASE."""
-    return MemoryStore() if url == "memory:" else SQLStore(url)
 
-# ---- Tokens ---------------------------------------------------------------------------------------------------------
-# Two kinds of JWT. The access token (at+jwt, minutes) opens the API; the refresh token (rt+jwt, as long as its session)
-# buys the next pair. It holds nothing random, so one generation of a session is always the same text. The key that kid
-# names fixes the algorithm, the token has no say in it. Keys are PyJWT's business; time is checked here, by one clock.
+@cache
+def named(sql: str) -> str:
+    """A statement with its parameters as psycopg writes them."""
+    return re.sub(r":(\w+)", r"%(\1)s", sql)
+
+
+def open_store(url: str) -> MemoryStore | SQLiteStore:
+    """The store that a URL names: memory:, sqlite:///FILE or postgresql://…."""
+    if url == "memory:":
+        return MemoryStore()
+    if url.startswith("sqlite:///"):
+        return SQLiteStore(url.removeprefix("sqlite:///"))
+    return PostgresStore(url)
+
+
+# ---- Tokens ------------------------------------------------------------------------
+# Two kinds of JWT. The access token (at+jwt) opens the service for minutes; the refresh
+# token (rt+jwt) lives as long as its session and buys the next pair. The key that kid
+# names fixes the algorithm: the token has no say in it. Signing and verifying are
+# PyJWT's business; time is checked here, by the one clock.
 
 ACCESS, REFRESH = "at+jwt", "rt+jwt"
-_CLAIMS: dict[str, dict[str, type]] = {  # of each kind: the claims that it must have, and their types
-    ACCESS: {"iss": str, "sub": str, "aud": list, "exp": int, "iat": int, "jti": str, "sid": str},
+CLAIMS: dict[str, dict[str, type]] = {  # what a token of each kind must hold
+    ACCESS: {
+        "iss": str,
+        "sub": str,
+        "aud": list,
+        "exp": int,
+        "iat": int,
+        "jti": str,
+        "sid": str,
+    },
     REFRESH: {"iss": str, "sub": str, "sid": str, "gen": int, "exp": int},
 }
-_JWT = jwt.PyJWT({  # times and the audience are checked below
-    "enforce_minimum_key_length": True, "verify_exp": False, "verify_nbf": False, "verify_iat": False,
-    "verify_aud": False,
-})  # fmt: skip
+JWT = jwt.PyJWT(
+    {
+        "enforce_minimum_key_length": True,
+        "verify_exp": False,
+        "verify_iat": False,
+        "verify_nbf": False,
+    }
+)
+THUMBPRINT = {  # of a key of each public algorithm: the members that RFC 7638 takes
+    "EdDSA": ("crv", "kty", "x"),
+    "ES256": ("crv", "kty", "x", "y"),
+    "RS256": ("e", "kty", "n"),
+}
+
 Claims = Mapping[str, Any]
-Clock = Callable[[], float]  # the time in seconds
+FindKey = Callable[[str], jwt.PyJWK]  # by its kid; LookupError if there is none
 
-_MEMBERS = {"EdDSA": ("crv", "kty", "x"), "ES256": ("crv", "kty", "x", "y"), "RS256": ("e", "kty", "n")}  # RFC 7638
 
-class Key(NamedTuple):
-    """A key, the one algorithm that it is for, and its public side as a JWK (RFC 7517)."""
+def secret_key(text: str) -> jwt.PyJWK:
+    """An HS256 key. Its kid is a MAC made with the key, which tells nothing of it."""
+    secret = text.encode()
+    kid = hmac.digest(secret, b"kid", "sha256")[:9].hex()
+    return jwt.PyJWK({"kty": "oct", "k": base64url_encode(secret).decode(), "kid": kid})
 
-    kid: str
-    algorithm: str
-    verifying: Any
-    signing: Any = None
-    jwk: Mapping[str, str] = MappingProxyType({})
 
-def secret_key(text: str) -> Key:
-    """An HS256 key; its kid is a MAC under the key, which tells nothing of it."""
-    secret = text.encode("utf-8", "surrogateescape")
-    return Key(hmac.digest(secret, b"kid", "sha256")[:9].hex(), "HS256", secret, secret)
+def signing_key(path: str) -> tuple[jwt.PyJWK, dict[str, str]]:
+    """The private key in a PEM file, and its public side as a JWK (RFC 7517).
 
-def signing_key(path: str) -> Key:
-    """The private key in a PEM file: Ed25519, P-256, or RSA of 2048 bits; its kid is the thumbprint of RFC 7638."""
-    if not has_crypto:
-        raise ValueError("SERVICE_SIGNING_KEY_FILE needs: pip install 'todo-service[crypto]'")
-    for name, members in _MEMBERS.items():
-        with suppress(jwt.PyJWTError, OSError, TypeError, ValueError, AttributeError):
+    Ed25519, P-256, or RSA of 2048 bits or more, made by openssl genpkey, unencrypted.
+    """
+    if not jwt.algorithms.has_crypto:
+        right = "cryptography: pip install cryptography"
+        raise ValueError(f"SERVICE_SIGNING_KEY_FILE needs {right}")
+    for name, members in THUMBPRINT.items():
+        with suppress(jwt.PyJWTError, OSError, TypeError, ValueError):
             algorithm = jwt.get_algorithm_by_name(name)
             private = algorithm.prepare_key(Path(path).read_bytes())
-            public = private.public_key()  # AttributeError: it is a public key already
-            found = algorithm.to_jwk(public, as_dict=True)
-            if found.get("crv") != "Ed448" and not algorithm.check_key_length(private):
-                jwk = {member: str(found[member]) for member in members}
-                digest = hashlib.sha256(json.dumps(jwk, separators=(",", ":")).encode()).digest()
-                kid = base64url_encode(digest).decode()
-                return Key(kid, name, public, private, {**jwk, "kid": kid, "use": "sig", "alg": name})
-    right = "an unencrypted private key in PEM, Ed25519, P-256 or RSA of 2048 bits, for example that of genkey"
-    raise ValueError(f"SERVICE_SIGNING_KEY_FILE {path!r} cannot be: it must be {right}")
+            jwk = algorithm.to_jwk(private, as_dict=True)
+            public = {member: jwk[member] for member in members}
+            is_weak = algorithm.check_key_length(private) or jwk.get("crv") == "Ed448"
+            if "d" in jwk and not is_weak:
+                digest = hashlib.sha256(
+                    json.dumps(public, separators=(",", ":")).encode()
+                )
+                kid = base64url_encode(digest.digest()).decode()
+                names = {"kid": kid, "alg": name, "use": "sig"}
+                return jwt.PyJWK(jwk | names), public | names
+    right = "PEM files with an Ed25519, P-256 or RSA (2048 bits) private key"
+    raise ValueError(f"SERVICE_SIGNING_KEY_FILE must be {right}, not {path!r}")
 
-def remote_keys(url: str, clock: Clock) -> Callable[[str], Key]:
-    """A function that finds a key by its kid in the JWK set at a URL, which is kept for 300 s.
-
-    Whatever kids are asked for, the set is fetched at most once in 10 s. Raises 503 while it cannot be had.
-    """
-    client, lock = jwt.PyJWKClient(url, cache_jwk_set=False, timeout=5), threading.Lock()
-    keys: dict[str, Key] = {}
-    fetched = tried = -math.inf
-
-    def find(kid: str) -> Key:
-        nonlocal keys, fetched, tried
-        now = clock()
-        if kid not in keys or abs(now - fetched) >= 300:
-            with lock:
-                if abs(now - tried) >= 10:
-                    tried = now
-                    try:
-                        jwks = client.get_signing_keys()
-                        found = [Key(str(key.key_id), key.algorithm_name, key.key) for key in jwks]
-                        found = [key for key in found if key.algorithm in _MEMBERS]
-                        keys = {key.kid: key for key in found if not hasattr(key.verifying, "sign")}
-                        fetched = now
-                    except (jwt.PyJWTError, ValueError, TypeError, RuntimeError, OSError) as error:
-                        log.warning("no keys from %s: %s", url, error)
-            if abs(now - fetched) >= 300:
-                raise http.ServiceUnavailable("The issuer's keys cannot be had", retry_after=10)
-        return keys[kid]
-
-    return find
 
 class Tokens:
-    """Signs and verifies for one issuer. A class, since keys are loaded once and verified tokens are remembered."""
+    """Signs and verifies for one issuer. A class, since keys are loaded once.
 
-    def __init__(self, settings: Settings, clock: Clock, find: Callable[[str], Key] | None = None) -> None:
+    find_key gives the key of an access token; by default it is one of our own.
+    """
+
+    def __init__(
+        self, settings: Settings, clock: Clock, find_key: FindKey | None = None
+    ) -> None:
         self._settings, self._clock = settings, clock
         self._audience = comma_list(settings.audience) or [settings.issuer]
-        secret = {key.kid: key for key in map(secret_key, comma_list(settings.secret_key))}
-        public = {key.kid: key for key in map(signing_key, comma_list(settings.signing_key_file))}
-        self._signers = {ACCESS: [*public.values(), *secret.values()][:1], REFRESH: [*secret.values()][:1]}
-        self._find = {ACCESS: find or (public or secret).__getitem__, REFRESH: secret.__getitem__}
-        self.jwks = {"keys": [key.jwk for key in public.values()]}
-        self._remembered = lru_cache(maxsize=10_000)(self._verify)  # 50 µs each; a refusal is not remembered
+        secret = [secret_key(text) for text in comma_list(settings.secret_key)]
+        pairs = [signing_key(path) for path in comma_list(settings.signing_key_file)]
+        self.jwks = {"keys": [public for _, public in pairs]}
+        access = [private for private, _ in pairs] or secret
+        self._signing = {ACCESS: access, REFRESH: secret}
+        self._find_key = {ACCESS: find_key or by_kid(access), REFRESH: by_kid(secret)}
+        self._remembered = lru_cache(maxsize=10_000)(self._verify)  # takes 50 to 160 µs
 
-    def pair(self, user: str, sid: str, session: Mapping[str, Any], time: float) -> dict[str, Any]:
-        """The answer of RFC 6749 §5.1: a new access token, and the refresh token of the session's generation."""
-        now, expires_at = int(time), session["expires_at"]
+    def pair(
+        self, user: str, roles: list[str], sid: str, session: Any
+    ) -> dict[str, Any]:
+        """The answer of RFC 6749 §5.1: a new access token, the session's refresh token.
+
+        The refresh token holds nothing random: one generation is always the same text.
+        """
+        now, expires_at = int(self._clock()), session["expires_at"]
         exp = min(now + self._settings.access_ttl, expires_at)
         common = {"iss": self._settings.issuer, "sub": user, "sid": sid}
-        access = {**common, "aud": self._audience, "exp": exp, "iat": now, "jti": secrets.token_urlsafe(12)}
-        refresh = {**common, "gen": session["gen"], "exp": expires_at}
+        access = {"aud": self._audience, "exp": exp, "iat": now}
+        access |= {"jti": secrets.token_urlsafe(12)} | (
+            {"roles": roles} if roles else {}
+        )
+        refresh = {"gen": session["gen"], "exp": expires_at}
         return {
-            "access_token": self._sign(ACCESS, access), "token_type": "Bearer", "expires_in": exp - now,
-            "refresh_token": self._sign(REFRESH, refresh),
-        }  # fmt: skip
+            "access_token": self._sign(ACCESS, common | access),
+            "token_type": "Bearer",
+            "expires_in": exp - now,
+            "refresh_token": self._sign(REFRESH, common | refresh),
+            "refresh_expires_in": expires_at - now,
+        }
 
     def _sign(self, typ: str, claims: dict[str, Any]) -> str:
-        (key,) = self._signers[typ]
-        return _JWT.encode(claims, key.signing, key.algorithm, {"typ": typ, "kid": key.kid})
+        key = self._signing[typ][0]
+        return JWT.encode(
+            claims, key, key.algorithm_name, {"typ": typ, "kid": key.key_id}
+        )
 
-    def verify(self, typ: str, token: str, expired: bool = False) -> Claims:
-        """The claims of a token of ours; expired accepts one after its time too. Raises InvalidToken."""
+    def verify(self, typ: str, token: str, even_expired: bool = False) -> Claims:
+        """The claims of a token of ours. Raises InvalidToken."""
         if len(token) > 4096:
             raise InvalidToken("The token is longer than 4096 characters")
         now = self._clock()
-        claims = self._remembered(typ, token, now // 300)  # for so long: a key that is withdrawn must go
-        if claims["exp"] <= now and not expired:
+        claims = self._remembered(
+            typ, token, now // 300
+        )  # 300 s: withdrawn keys must go
+        if claims["exp"] <= now and not even_expired:
             raise InvalidToken("The token has expired")
         return claims
 
     def _verify(self, typ: str, token: str, period: float) -> Claims:
         try:
-            header = json.loads(base64url_decode(token.partition(".")[0]))  # PyJWT decodes it all, again below
-            # Whatever else stands in a header (crit, jwk, jku, x5u) is a wish about how to verify.
-            if {*header} != {"alg", "typ", "kid"} or header["typ"] != typ or "=" in token:
-                raise InvalidToken("The token is of another kind than the one that belongs here")
-            key = self._find[typ](header["kid"])
-            claims = _JWT.decode(token, key.verifying, [key.algorithm])
-            if b"\\u0000" in json.dumps(claims, ensure_ascii=False).encode():  # nor half of a surrogate pair
-                raise ValueError("no store can look that up")
+            header = jwt.get_unverified_header(token)
+            # Whatever else stands in a header (crit, jwk, jku) is a wish about verifying.
+            if header.keys() != {"alg", "typ", "kid"} or header["typ"] != typ:
+                raise InvalidToken("The token is of another kind than belongs here")
+            key = self._find_key[typ](header["kid"])
+            claims = JWT.decode(
+                token,
+                key,
+                [key.algorithm_name],
+                issuer=self._settings.issuer,
+                audience=self._audience if typ == ACCESS else None,
+            )
         except (jwt.PyJWTError, ValueError, TypeError, LookupError, RecursionError):
-            raise InvalidToken("The token is malformed or was not signed here") from None
-        if any(type(claims.get(name)) is not kind or not claims[name] for name, kind in _CLAIMS[typ].items()):
+            raise InvalidToken(
+                "The token is malformed or was not signed here"
+            ) from None
+        kinds = CLAIMS[typ].items()
+        if (
+            any(type(claims.get(name)) is not kind for name, kind in kinds)
+            or "=" in token
+        ):
             raise InvalidToken("The token lacks a claim, or has one of the wrong type")
-        if claims["iss"] != self._settings.issuer:
-            raise InvalidToken("The token comes from another issuer")
-        if typ == ACCESS and not any(name in self._audience for name in claims["aud"]):
-            raise InvalidToken("The token is meant for another audience")
-        return MappingProxyType(claims)
+        if not claims["sub"].isprintable() or not claims["sub"]:
+            raise InvalidToken("The token names nobody")
+        return claims
 
-# ---- Sessions and passwords -----------------------------------------------------------------------------------------
-# A login opens a session, a row {gen, rotated_at, expires_at} in the user's data; tokens are good while it is there.
-# A refresh steps gen. A token of an older generation, seen again, means that two parties hold it, so the session ends
-# for both (RFC 9700 §4.14.2). These functions work on one user's data; hashing is slow and stays outside of that.
+
+def by_kid(keys: Iterable[jwt.PyJWK]) -> FindKey:
+    return {str(key.key_id): key for key in keys}.__getitem__
+
+
+# ---- Sessions ----------------------------------------------------------------------
+# A login opens a session in the user's document; its tokens are good while it is there.
+# A refresh steps its generation. A refresh token of an older generation, seen again,
+# means that two parties hold it, so the session ends for both (RFC 9700 §4.14.2).
 
 SESSIONS_A_USER = 20
 
-def open_session(data: Data, now: float, ttl: int) -> tuple[str, dict[str, Any]]:
-    """A new session, its id first. Dead sessions go, and the oldest beyond the limit."""
-    sessions = data["sessions"]
-    rows = sessions.page()
-    live = [sid for _, sid, session in rows if session["expires_at"] > now][1 - SESSIONS_A_USER :]
-    for _, sid, _ in rows:
-        if sid not in live:
-            del sessions[sid]
-    sid = secrets.token_urlsafe(12)
-    sessions[sid] = session = {"gen": 1, "rotated_at": now, "expires_at": int(now) + ttl}
-    return sid, session
 
-def renew_session(data: Data, sid: str, gen: int, now: float, grace: int) -> dict[str, Any] | None:
-    """The session, one generation on; or None, and no session any more."""
+def open_session(data: Data, now: float, ttl: int) -> str:
+    """A new session's id. Dead sessions go; of too many, the longest not refreshed."""
+    alive = [pair for pair in data["sessions"].items() if pair[1]["expires_at"] > now]
+    alive.sort(key=lambda pair: pair[1]["rotated_at"])
+    sid = secrets.token_urlsafe(12)
+    data["sessions"] = dict(alive[1 - SESSIONS_A_USER :])
+    data["sessions"][sid] = {
+        "gen": 1,
+        "started_at": int(now),
+        "rotated_at": now,
+        "expires_at": int(now) + ttl,
+    }
+    return sid
+
+
+def renew_session(data: Data, sid: str, gen: int, now: float, grace: int) -> bool:
+    """Step the generation; False if the session has ended, or ends now for its reuse."""
     session = data["sessions"].get(sid)
     if session is None or session["expires_at"] <= now:
-        return None
+        return False
     if gen == session["gen"]:
-        data["sessions"][sid] = session = {**session, "gen": gen + 1, "rotated_at": now}
-    elif gen != session["gen"] - 1 or not grace or abs(now - session["rotated_at"]) > grace:
-        del data["sessions"][sid]
-        return None
-    return dict(session)  # within the grace, two tabs or a lost answer get the same successor
+        session.update(gen=gen + 1, rotated_at=now)
+        return True
+    if (
+        gen == session["gen"] - 1
+        and grace
+        and abs(now - session["rotated_at"]) <= grace
+    ):
+        return True  # two tabs, or a lost answer: the same successor again
+    del data["sessions"][sid]
+    return False
+
+
+# ---- Passwords ---------------------------------------------------------------------
+# Hashing is slow on purpose (scrypt: 0.1 s and 32 MB), so two run at a time, and few
+# wait. Guessing is slowed down too: from the tenth wrong password on, a name waits,
+# longer each time.
+
+NO_HASH = (
+    "scrypt:32768:8:1$none$" + "0" * 128
+)  # of no password; as slow as any to check
+
+
+@dataclass(frozen=True)
+class Password(Text):
+    """Text as RFC 8265 §4.2 (OpaqueString) prepares it, however it was typed."""
+
+    def __call__(self, value: Any) -> str:
+        text = Text(1, 4096)(value)  # composing more than that takes long
+        spaces = "".join(" " if unicodedata.category(c) == "Zs" else c for c in text)
+        return super().__call__(unicodedata.normalize("NFC", spaces))
+
 
 class Passwords:
-    """Hashes and checks passwords, two at a time, and makes guessing slow.
+    """Hashes and checks passwords. A class, since it counts the wrong ones.
 
-    A class, since it counts; it counts in this process only, so n workers let n times as many guesses through.
+    It counts in this process only: n workers let n times as many guesses through.
     """
 
     def __init__(self, clock: Clock) -> None:
-        self._clock, self._lock = clock, threading.Lock()
-        self._two = threading.BoundedSemaphore(2)  # scrypt takes 32 MB and 0.1 s
-        self._wrong: OrderedDict[tuple[str, str], tuple[int, float]] = OrderedDict()  # key: (count, wait until)
+        self._clock = clock
+        self._turns, self._places = threading.Semaphore(2), threading.Semaphore(18)
+        self._lock = threading.Lock()
+        self._wrong: dict[tuple[str, str], tuple[int, float, int]] = {}
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        if not self._two.acquire(timeout=5):
-            raise http.ServiceUnavailable("Too many passwords are being checked", retry_after=5)
+        """503 at once if 16 wait already, or once the wait takes 5 s."""
+        if not self._places.acquire(blocking=False):
+            raise http.ServiceUnavailable(BUSY, retry_after=5)
         try:
-            yield
+            if not self._turns.acquire(timeout=5):
+                raise http.ServiceUnavailable(BUSY, retry_after=5)
+            try:
+                yield
+            finally:
+                self._turns.release()
         finally:
-            self._two.release()
+            self._places.release()
 
     def hash(self, password: str) -> str:
-        """A salted scrypt hash; 503 if no turn comes within 5 s."""
+        """A salted scrypt hash."""
         with self._turn():
-            return generate_password_hash(unicodedata.normalize("NFC", password))  # RFC 8265 §4.2: however typed
+            return generate_password_hash(password)
 
     def match(self, hash: str | None, password: str, name: str, address: str) -> bool:
-        """Is it the password? Never without a hash (there is no such user), after the same time.
+        """Is it the password? Without a hash, there being no such user, it takes as long.
 
-        Raises 429 before any hashing after 10 wrong ones in a row for a name from an address, or 100 for any names.
+        Raises 429 after 10 wrong ones in a row for a name from an address, or 100 for
+        any names from there.
         """
-        limits = {(client := _network(address), name[:65]): 10, (client, ""): 100}
-        self._refuse_guesses(limits, name, address)
+        client = network(address)
+        limits = {(client, name[:65]): 10, (client, ""): 100}
+        self._refuse_guesses(limits)  # before any waiting and hashing
         with self._turn():
-            self._refuse_guesses(limits, name, address)  # who waited beside a wrong guess is held to it
-            typed = unicodedata.normalize("NFC", password[:4097])  # slow if long; 1,024 decompose to 4,096 at most
-            if check_password_hash(hash or _NO_HASH, typed) and hash:
-                self._wrong.pop((client, name[:65]), None)  # one's own login is no licence to guess other names
-                return True
-            self._count(limits)
-        log_event("failed login", name, address)
-        return False
+            self._refuse_guesses(limits)  # whoever waited beside a wrong one
+            is_right = check_password_hash(hash or NO_HASH, password) and bool(hash)
+            with self._lock:
+                if is_right:
+                    self._wrong.pop((client, name[:65]), None)
+                else:
+                    self._count(limits)
+        return is_right
 
-    def _refuse_guesses(self, keys: Iterable[tuple[str, str]], name: str, address: str) -> None:
-        wait = max(self._wrong.get(key, (0, 0.0))[1] for key in keys) - self._clock()
-        if wait > 0:
-            log_event("throttled", name, address)
-            raise http.TooManyRequests("Too many wrong passwords", retry_after=math.ceil(wait))
+    def _refuse_guesses(self, keys: Iterable[tuple[str, str]]) -> None:
+        for key in keys:
+            count, since, wait = self._wrong.get(key, (0, 0, 0))
+            passed = self._clock() - since
+            if 0 <= passed < wait:  # a clock that was put back ends the wait
+                seconds = math.ceil(wait - passed)
+                text = f"Too many wrong passwords: try again in {seconds} s"
+                raise http.TooManyRequests(text, retry_after=seconds)
 
     def _count(self, limits: dict[tuple[str, str], int]) -> None:
-        """From the limit on, a wrong password doubles the wait, 1 s to 15 min; 15 quiet minutes are forgiven."""
+        """From the limit on, each wrong password doubles the wait, 1 s to 15 min."""
         now = self._clock()
-        with self._lock:
-            for key, limit in limits.items():
-                count, until = self._wrong.pop(key, (0, now))
-                count = count + 1 if now < until + 900 else 1
-                self._wrong[key] = (count, now + min(2 ** min(count - limit, 10), 900) if count >= limit else now)
-            while len(self._wrong) > 20_000:
-                self._wrong.popitem(last=False)
+        for key, limit in limits.items():
+            count, since, wait = self._wrong.pop(key, (0, now, 0))
+            count = count + 1 if now < since + wait + 900 else 1  # 15 quiet minutes
+            wait = min(2 ** min(count - limit, 10), 900) if count >= limit else 0
+            self._wrong[key] = (
+                count,
+                now,
+                wait,
+            )  # as the newest: a dict keeps the order
+        while len(self._wrong) > 20_000:
+            del self._wrong[next(iter(self._wrong))]
 
-_NO_HASH = "scrypt:32768:8:1$none$" + "0" * 128  # of no password, as slow to check as any
 
-def _network(address: str) -> str:
+BUSY = "Too many passwords are being checked: try again in 5 s"
+
+
+def network(address: str) -> str:
     """What one client owns: an IPv4 address, or the /64 around an IPv6 address."""
-    if match := re.fullmatch(r"\[(.*)\](?::\d+)?|([\d.]+):\d+", address):  # some proxies add the port
-        address = match[1] or match[2]
+    if match := re.fullmatch(r"\[(.*)\](?::\d+)?|([\d.]+):\d+", address):
+        address = match[1] or match[2]  # some proxies add the port
     with suppress(ValueError):
         ip = ipaddress.IPv6Address(address)
         return str(ip.ipv4_mapped or ipaddress.ip_network((ip, 64), strict=False))
     return address
 
-# ---- HTTP edge ------------------------------------------------------------------------------------------------------
-# What stands between the wire and the views: a request that reads its body once and bounded, knows its bearer and
-# opens that user's data; JSON out; and the preconditions of RFC 9110 §13.
+
+# ---- Requests and answers ----------------------------------------------------------
+# What stands between the wire and the views: a request that knows its bearer and opens
+# the data; answers in JSON; and the preconditions of RFC 9110 §13.
 
 FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
+PATCHES = ("application/json", "application/merge-patch+json", *FORMS)
 
-View = Callable[..., Any]
-Answers = tuple[str, str, Any]  # status, schema, headers of success; other statuses; parsers, or a resource's
-
-class Service(NamedTuple):
-    """What one app is made of; views find it at request.service."""
-
-    settings: Settings
-    store: Any
-    tokens: Tokens
-    passwords: Passwords
-    resources: list[Resource]
-    routes: Map
-    answers: Mapping[View, Answers]  # what OpenAPI says of our own views
-    clock: Clock
 
 class Request(werkzeug.Request):
-    """Werkzeug's request, with the service, its bearer and the bearer's data."""
+    """Werkzeug's request, with the app, its bearer and the data."""
 
     max_form_memory_size = None  # stream bounds the whole body
 
-    def __init__(self, environ: WSGIEnvironment, service: Service) -> None:
+    route: Route  # that it matches
+
+    def __init__(self, environ: WSGIEnvironment, app: App) -> None:
         super().__init__(environ, populate_request=False)
-        self.service = service
+        self.app = app
 
     @cached_property
-    def stream(self) -> IO[bytes]:
+    def stream(self) -> BytesIO:  # type: ignore[override]
         """The body in memory: all of it, or 413, chunked or not."""
-        limit, body, source = self.service.settings.max_body, b"", super().stream
+        limit, length = self.app.settings.max_body, self.content_length
+        too_large = http.RequestEntityTooLarge(f"A body may have {limit:,} bytes")
+        if length is not None and length > limit:
+            raise too_large  # without waiting for it
+        if self.headers.get("Content-Encoding", "identity") != "identity":
+            raise http.UnsupportedMediaType("Send the body without Content-Encoding")
+        is_chunked = "HTTP_TRANSFER_ENCODING" in self.environ
+        if is_chunked and not self.environ.get("wsgi.input_terminated"):
+            raise http.LengthRequired("Send the body with a Content-Length")
+        self.max_content_length = limit + 1  # Werkzeug cuts a chunked body there
         try:
-            while len(body) <= limit and (chunk := source.read(limit + 1 - len(body))):
-                body += chunk
-        except Exception as error:  # every server has exceptions of its own for a broken body
+            body = super().stream.read()
+        except Exception as error:  # every server has its own for a broken body
             raise http.BadRequest("The body could not be read to its end") from error
         if len(body) > limit:
-            raise http.RequestEntityTooLarge(f"A body may have {limit} bytes")
-        if len(body) < (self.content_length or 0):
+            raise too_large
+        if len(body) < (length or 0):
             raise http.BadRequest("The body ends before its Content-Length")
         return BytesIO(body)
 
-    def parse(self, parser: RequestParser, public: bool = False) -> Namespace:
-        """What the parser finds, for a bearer unless public; 415 for a body that is neither JSON nor a form."""
-        if (public or self.user) and not self.is_json and self.mimetype not in FORMS and self.get_data():
-            raise http.UnsupportedMediaType(f"Send application/json or {FORMS[0]}")
-        return parser.parse_args(self)
+    def parse(self, parser: RequestParser, partial: bool = False) -> Namespace:
+        """What the parser finds; but whose session has ended gets 401 before all else."""
+        try:
+            return self._parse(parser, partial)
+        except http.HTTPException:
+            if not self.route.is_open:
+                self.read(NO_ITEMS)
+            raise
+
+    def _parse(self, parser: RequestParser, partial: bool) -> Namespace:
+        body = self.get_data()
+        is_form = self.mimetype in FORMS
+        if body and not is_form and (not self.is_json or "json-patch" in self.mimetype):
+            raise http.UnsupportedMediaType(f"Send {' or '.join(PATCHES[::2])}")
+        sent = read_place(self, "json" if self.is_json else "form")
+        names = {each.name for each in parser.args if "args" not in each.places}
+        is_lost = (
+            body and not names & {*sent, *self.files} and (sent or not self.is_json)
+        )
+        if is_lost and is_form and body.lstrip()[:1] in (b"{", b"["):
+            hint = "The body looks like JSON: send Content-Type: application/json"
+            raise http.BadRequest(hint)
+        values = parser.parse_args(self, partial=partial)
+        if is_lost and names:
+            raise http.BadRequest(f"The body holds none of {', '.join(sorted(names))}")
+        return values
+
+    def parse_item(self, resource: Resource, partial: bool = False) -> Namespace:
+        """What the resource's arguments make of the body; 400 for what JSON cannot hold."""
+        item = self.parse(resource.parser, partial)
+        for name, value in item.items():
+            try:
+                value.encode() if isinstance(value, str) else to_json(value).encode()
+            except ValueError:
+                raise Refusal(message={name: "Must be what JSON can hold"}) from None
+        return item
 
     @cached_property
     def claims(self) -> Claims:
-        """The claims of the bearer's access token (RFC 6750 §2.1); 401 without a good one."""
-        return self.service.tokens.verify(ACCESS, bearer_token(self.environ))
+        """The claims of the bearer's access token (RFC 6750 §2.1); 401 without one."""
+        return self.app.tokens.verify(ACCESS, bearer_token(self.environ))
 
     @property
     def user(self) -> str:
-        """The bearer's name; 401 without one."""
+        """The bearer's name; 401 without a good token."""
         return str(self.claims["sub"])
 
+    def read(self, query: Query) -> Data:
+        """The bearer's data; 401 if the session has ended."""
+        data = self.app.store.read(self.user, query)
+        self.check_session(data)
+        return data
+
     @contextmanager
-    def _data(self, transaction: Callable[[str], AbstractContextManager[Data]]) -> Iterator[Data]:
-        claims = self.claims
-        with transaction(claims["sub"]) as data:
-            if claims["sid"] not in data["sessions"]:
-                raise InvalidToken("The session has ended")
+    def write(self, query: Query) -> Iterator[Data]:
+        """The bearer's data, to be changed; 401 if the session has ended."""
+        with self.app.store.write(self.user, query) as data:
+            self.check_session(data)
             yield data
 
-    def read(self) -> AbstractContextManager[Data]:
-        """The bearer's data, to be read; 401 if the session has ended."""
-        return self._data(self.service.store.read)
+    def check_session(self, data: Data) -> None:
+        if self.claims["sid"] not in data["sessions"]:
+            raise InvalidToken("The session has ended")
 
-    def write(self) -> AbstractContextManager[Data]:
-        """The bearer's data, to be changed; 401 if the session has ended."""
-        return self._data(self.service.store.write)
+    def read_items(self, resource: Resource, **which: Any) -> Data:
+        """What holds the resource's items: the bearer's data, or what is shared."""
+        query = Query(resource.name, **which)
+        if not resource.shared:
+            return self.read(query)
+        self.read(NO_ITEMS)
+        return self.app.store.read(SHARED, query)
+
+    @contextmanager
+    def write_items(self, resource: Resource, **which: Any) -> Iterator[Data]:
+        """The same, to be changed; 403 without the role that a shared resource asks."""
+        query = Query(resource.name, **which)
+        if not resource.shared:
+            with self.write(query) as data:
+                yield data
+            return
+        if resource.shared not in roles_of(self.read(NO_ITEMS)):
+            raise http.Forbidden(f"Only the role {resource.shared} may do that")
+        with self.app.store.write(SHARED, query) as data:
+            yield data
 
     @property
     def prefix(self) -> str:
-        """Where the app is mounted, as the start of a URL; a path, whatever SCRIPT_NAME says."""
+        """Where the app is mounted, as the start of a URL."""
         mount = quote(self.root_path.strip("/"))
-        return mount and "/" + mount
+        return f"/{mount}" if mount else ""
 
     def log(self, event: str, user: str) -> None:
-        log_event(event, user, self.remote_addr)
+        log.info("%s: user %r, address %r", event, user[:65], self.remote_addr)
+
+
+def roles_of(data: Data) -> list[str]:
+    return list(data["account"].get("roles", []))
+
 
 def bearer_token(environ: WSGIEnvironment) -> str:
     scheme, _, token = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
     if scheme.lower() != "bearer":
-        raise http.Unauthorized("Log in with POST /token, then send Authorization: Bearer <access_token>")
+        raise http.Unauthorized("Log in at /token, then send Authorization: Bearer …")
     return str(token.strip(" "))
 
-Reply = tuple[Any, int, dict[str, str]]  # body (JSON, or the bytes of it), status, headers
-_encode = json.JSONEncoder(ensure_ascii=False).encode
 
-def to_json(value: Any) -> bytes:
-    """A line of JSON; bytes are taken for JSON already."""
-    return value if isinstance(value, bytes) else (_encode(value) + "\n").encode()
+def answer(body: Any = None, status: int = 200, **headers: str) -> Response:
+    """A line of JSON, without it for 204 and 304; Cache_Control is Cache-Control."""
+    has_body = status not in (204, 304)
+    response = Response(line(body) if has_body else b"", status)
+    response.headers["Content-Type"] = "application/json"
+    if not has_body:
+        del response.headers["Content-Type"]
+    for name, value in headers.items():
+        response.headers[name.replace("_", "-")] = value
+    return response
 
-def etag(value: Any) -> str:
+
+def line(body: Any) -> bytes:
+    return (to_json(body) + "\n").encode()
+
+
+def tag_of(data: bytes) -> str:
     """The strong entity tag of a representation."""
-    return f'"{hashlib.sha256(to_json(value)).hexdigest()[:32]}"'
+    return f'"{hashlib.sha256(data).hexdigest()[:32]}"'
 
-def conditional(request: Request, value: Any, **headers: str) -> Reply:
-    """A representation with its ETag; 304 if the client has it."""
-    body = to_json(value)
-    headers["ETag"] = etag(body)
-    return (None, 304, headers) if check_preconditions(request, headers["ETag"]) else (body, 200, headers)
 
-def check_preconditions(request: Request, tag: str | None) -> bool:
-    """412 unless the request means what is there now (None: nothing); whether 304 is all there is to say (§13.2.2)."""
-    match, none_match = request.environ.get("HTTP_IF_MATCH"), request.environ.get("HTTP_IF_NONE_MATCH")
-    if match is not None and not _names(match, tag, weakly=False):
+def tagged(body: Any, status: int = 200, **headers: str) -> Response:
+    """An answer with its ETag."""
+    response = answer(body, status, **headers)
+    response.headers["ETag"] = tag_of(response.get_data())
+    return response
+
+
+def conditional(request: Request, body: Any, **headers: str) -> Response:
+    """An answer with its ETag; 304 if the client has it already."""
+    response = tagged(body, **headers)
+    if check_preconditions(request, body):
+        return answer(None, 304, ETag=response.headers["ETag"], **headers)
+    return response
+
+
+def check_preconditions(request: Request, there: Any) -> bool:
+    """Does the client have what is there? 412 unless the request means that.
+
+    there is None where nothing is (RFC 9110 §13.2.2).
+    """
+    match = request.headers.get("If-Match")
+    none_match = request.headers.get("If-None-Match")
+    if not (match or none_match):
+        return False
+    tag = None if there is None else tag_of(line(there))
+    if match and not names(match.replace(f"W/{tag}", '""'), tag):
         raise http.PreconditionFailed("If-Match does not name what is there now")
-    known = none_match is not None and _names(none_match, tag, weakly=True)
-    if known and request.method not in ("GET", "HEAD"):
+    is_known = bool(none_match) and names(str(none_match), tag)
+    if is_known and request.method not in ("GET", "HEAD"):
         raise http.PreconditionFailed("If-None-Match names what is there now")
-    return known
+    return is_known
 
-def _names(header: str, tag: str | None, weakly: bool) -> bool:
+
+def names(header: str, tag: str | None) -> bool:
     """Does * or a list of entity tags name this one? 400 for any other text."""
     if header.strip() == "*":
         return tag is not None
-    if not (tags := _ETAG.findall(header)) or _ETAG.sub("", header).strip(", \t"):
-        raise http.BadRequest("If-Match and If-None-Match take * or quoted entity tags with commas between")
-    return any(text == tag and (weakly or not weak) for weak, text in tags)
+    if not ETAGS.fullmatch(header):
+        right = "* or quoted entity tags with commas between"
+        raise http.BadRequest(f"If-Match and If-None-Match take {right}")
+    return tag is not None and tag in header
 
-_ETAG = re.compile(r'(W/)?("[\x21\x23-\x7e\x80-\xff]*")')
 
-def allow(methods: Iterable[str]) -> dict[str, str]:
-    return {"Allow": ", ".join(sorted({*methods, "OPTIONS"}))}
+ETAGS = re.compile(r'\s*((W/)?"[!#-~\x80-\xff]*"[\s,]*)+')
 
-def cors_headers(environ: WSGIEnvironment, origins: list[str]) -> list[tuple[str, str]]:
-    """What lets the pages of other origins use the service (Fetch standard §3.3); never with credentials."""
-    origin = "*" if "*" in origins else environ.get("HTTP_ORIGIN")
-    vary = [("Vary", "Origin")] if origins and "*" not in origins else []
-    if origin not in origins:
-        return vary
-    allowed = [*vary, ("Access-Control-Allow-Origin", origin)]
-    if environ["REQUEST_METHOD"] == "OPTIONS" and "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in environ:
-        return [*allowed, ("Access-Control-Allow-Methods", "GET, HEAD, POST, PUT, PATCH, DELETE"),
-                ("Access-Control-Allow-Headers", "Authorization, Content-Type, If-Match, If-None-Match")]  # fmt: skip
-    return [*allowed, ("Access-Control-Expose-Headers", "ETag, Link, Location")]
 
-def error_reply(error: http.HTTPException, oauth: bool) -> Any:
-    """What an error is answered with; oauth: in the form of RFC 6749 §5.2, whose texts are plain ASCII."""
-    if error.response is not None:  # an embedder's abort(Response(...))
+def error_answer(error: http.HTTPException, oauth: bool = False) -> Response:
+    """What an error is answered with; if oauth, as RFC 6749 §5.2 says it."""
+    if error.response is not None:  # an embedder's abort(Response(…))
         return error.response
-    status, body = error.code or 500, getattr(error, "data", {"message": error.description})
-    headers = {name: value for name, value in error.get_headers() if not name.startswith("Content-")}
-    text = re.sub(r"[^ !#-\[\]-~]", "?", error.description or "")
-    if isinstance(error, http.MethodNotAllowed):
-        headers |= allow(error.valid_methods or ())
-    if oauth and "error" not in body:
-        code = {401: "invalid_grant", 429: "temporarily_unavailable", 503: "temporarily_unavailable"}
-        body = {"error": code.get(status, "invalid_request"), "error_description": text}
+    status, text = error.code or 500, error.description or ""
+    body = getattr(error, "data", {"message": text})
+    headers = {
+        name: value for name, value in error.get_headers() if name != "Content-Type"
+    }
+    text = re.sub(r"[^ !#-\[\]-~]", "?", text)  # all that these two may hold
+    if oauth:
+        if "error" not in body:
+            body = {"error": oauth_error(error), "error_description": text}
+        headers["Cache-Control"] = "no-store"
         status = 400 if status == 401 else status
-    if status == 401:
-        why = f', error="invalid_token", error_description="{text}"' if isinstance(error, InvalidToken) else ""
-        headers["WWW-Authenticate"] = f'Bearer realm="service"{why}'
-    return body, status, headers | (NO_STORE if oauth else {})
+    elif status == 401:
+        headers["WWW-Authenticate"] = 'Bearer realm="service"'
+        if isinstance(error, InvalidToken):  # RFC 6750 §3.1
+            why = f', error="invalid_token", error_description="{text}"'
+            headers["WWW-Authenticate"] += why
+    response = answer(body, status)
+    response.headers.update(headers)
+    return response
 
-def send(
-    environ: WSGIEnvironment, start_response: StartResponse, reply: Any, more_headers: Iterable[tuple[str, str]] = ()
-) -> Iterable[bytes]:
-    """Answer with what a view returned: a Response, or JSON, or (JSON, status), or (JSON, status, headers)."""
-    if isinstance(reply, werkzeug.Response):
-        reply.headers.extend(more_headers)
-        return reply(environ, start_response)
-    body, status, headers = (*reply, {})[:3] if isinstance(reply, tuple) else (reply, 200, {})
-    payload = b"" if body is None else to_json(body)
-    lines = [*headers.items(), *more_headers]
-    if status not in (204, 304):
-        lines += [("Content-Type", "application/json"), ("Content-Length", str(len(payload)))]
-    start_response(f"{status} {HTTP_STATUS_CODES.get(status, '')}", lines)
-    return [payload] if payload and environ["REQUEST_METHOD"] != "HEAD" else []
 
-NO_STORE = {"Cache-Control": "no-store"}
+def oauth_error(error: http.HTTPException) -> str:
+    if isinstance(error, InvalidToken | WrongPassword):
+        return "invalid_grant"
+    return "temporarily_unavailable" if error.code in (429, 503) else "invalid_request"
 
-# ---- Views ----------------------------------------------------------------------------------------------------------
-# Plain functions: parse, act, answer. A view takes the request and its URL arguments, raises early and catches
-# nothing. It may be run again from its start, so what it does outside of the store must bear that.
 
-NAME = Text(1, 64, "[a-z0-9][a-z0-9._@-]*", "made of a-z, 0-9 and . _ @ -, a letter or digit first")
-PASSWORD, ANY = Text(15, 1024, r"[\s\S]*"), Text(1, 10**6, r"[\s\S]*")
-ID = re.compile("[^/\x00-\x1f\x7f-\x9f\ufffd]{1,64}")  # U+FFFD is what a URL becomes that is not UTF-8
+def add_cors(response: Response, environ: WSGIEnvironment, origins: list[str]) -> None:
+    """Let the pages of these origins use the service; never with credentials."""
+    origin = "*" if "*" in origins else environ.get("HTTP_ORIGIN", "")
+    if origins and origin != "*":
+        response.vary.add("Origin")
+    if origin in origins:
+        response.headers["Access-Control-Allow-Origin"] = origin
+        response.headers["Access-Control-Expose-Headers"] = EXPOSED
+        if is_preflight(environ):
+            asked = environ.get("HTTP_ACCESS_CONTROL_REQUEST_HEADERS", "")
+            response.headers["Access-Control-Allow-Headers"] = asked
+            response.headers["Access-Control-Allow-Methods"] = METHODS
+            response.headers["Access-Control-Max-Age"] = "600"
 
-SIGN_UP = parser_of(Argument("username", NAME, required=True), Argument("password", PASSWORD, required=True))
-NEW_PASSWORD = parser_of(Argument("password", ANY, required=True), Argument("new_password", PASSWORD, required=True))
-OLD_PASSWORD = parser_of(Argument("password", ANY, required=True))
+
+EXPOSED = "ETag, Link, Location, Retry-After, WWW-Authenticate"
+METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE"
+
+
+def is_preflight(environ: WSGIEnvironment) -> bool:
+    method = "HTTP_ACCESS_CONTROL_REQUEST_METHOD"
+    return environ["REQUEST_METHOD"] == "OPTIONS" and method in environ
+
+
+# ---- Views -------------------------------------------------------------------------
+# Plain functions: parse, act, answer. A view takes the request and its URL arguments,
+# raises early and catches nothing. Slow work, such as hashing, stays outside of blocks.
+
+NAME = Text(
+    1, 64, "[a-z0-9][a-z0-9._@+-]*", "of a-z, 0-9 and ._@+-, letter or digit first"
+)
+PASSWORD = Password(15, 1024)  # NIST SP 800-63B-4 asks for length, not for composition
+TYPED = Password(1, 4096)
+ANY = Text(1, 100_000)
+ID = re.compile(r"(?!\.\.?$)[^/\x00-\x1f\x7f-\x9f\ufffd]{1,64}")
+
+USERNAME = Argument(
+    "username", NAME, required=True, case_sensitive=False, location=BODY
+)
+OLD_PASSWORD = Argument("password", TYPED, required=True, location=BODY)
+SIGN_UP = parser_of(
+    USERNAME, Argument("password", PASSWORD, required=True, location=BODY)
+)
+CHANGE = parser_of(
+    OLD_PASSWORD, Argument("new_password", PASSWORD, required=True, location=BODY)
+)
+CONFIRM = parser_of(OLD_PASSWORD)
+GRANT = parser_of(
+    Argument("grant_type", ANY, required=True, location=BODY),
+    Argument("username", ANY, case_sensitive=False, location=BODY),
+    Argument("password", TYPED, location=BODY),
+    Argument("refresh_token", ANY, location=BODY),
+    Argument("scope", location=BODY),
+)
+TOKEN = parser_of(Argument("token", ANY, required=True, location=BODY))
 PAGE = parser_of(
-    Argument("limit", int, choices=range(1, 1001), location="args", help="Must be a whole number from 1 to 1,000"),
-    Argument("after", Text(1, 15, "[0-9a-f]+"), default="0", location="args", help="Must come from a Link header"),
+    Argument(
+        "limit",
+        int,
+        choices=range(1, 1001),
+        location="args",
+        help="Must be a whole number from 1 to 1,000",
+    ),
+    Argument(
+        "after",
+        Text(1, 15, "[0-9a-f]+"),
+        default="0",
+        location="args",
+        help="Must come from a Link header",
+    ),
 )
 
-def read_index(request: Request) -> Any:
-    """What there is; a browser is sent to the page"""
-    if request.accept_mimetypes.best_match(["application/json", "text/html"]) == "text/html":
-        return None, 303, {"Location": f"{request.prefix}/docs", "Vary": "Accept"}
-    index = {
-        f"{method} {request.prefix}{rule.rule}": rule.endpoint.__doc__
-        for rule in request.service.routes.iter_rules() for method in sorted(rule.methods or ()) if method != "HEAD"
-    }  # fmt: skip
-    return index, 200, {"Vary": "Accept"}
 
-def read_health(request: Request) -> Any:
-    """Whether the service and its store answer"""
-    with request.service.store.read("") as data:
-        data["account"].get("password")
-    return {"status": "ok"}
+def read_index(request: Request) -> Response:
+    """Where the description is; a browser is sent to the page"""
+    accept = request.headers.get("Accept", "")
+    if "text/html" in accept and find_spec("flask_swagger_ui"):
+        return answer(None, 303, Location=f"{request.prefix}/docs", Vary="Accept")
+    links = {name: f"{request.prefix}/{name}" for name in ("openapi.json", "docs")}
+    return answer(
+        {"openapi": links["openapi.json"], "docs": links["docs"]}, Vary="Accept"
+    )
 
-def create_user(request: Request) -> Reply:
+
+def read_health(request: Request) -> Response:
+    """Whether the service and its store answer, and can be written"""
+    with request.app.store.write("", NO_ITEMS):
+        return answer({"status": "ok"})
+
+
+def create_user(request: Request) -> Response:
     """Sign up"""
-    if request.service.settings.signup == "closed":
+    if request.app.settings.signup == "closed":
         raise http.Forbidden("Sign-up is closed: ask the operator for an account")
-    given = request.parse(SIGN_UP, public=True)
-    add_account(request.service, given.username, given.password)
+    given = request.parse(SIGN_UP)
+    refuse_name(given.username, given.password, "password")
+    add_account(request.app, given.username, request.app.passwords.hash(given.password))
     request.log("sign-up", given.username)
-    return {"username": given.username}, 201, {}
+    return answer({"username": given.username}, 201)
 
-def add_account(service: Service, name: str, password: str) -> None:
-    """A new account with its starter items; 409 if the name is taken."""
-    account = new_account(service, name, password, "password")
-    with service.store.write(name) as data:
-        if "password" in data["account"]:
-            raise http.Conflict(f"The name {name} is taken")
-        data["account"]["password"] = account
-        for resource in service.resources:
-            for id, item in resource.starter.items():
-                add_item(data, resource, id, dict(item))
 
-def new_account(service: Service, name: str, password: str, argument: str) -> dict[str, str]:
-    if password.casefold() == name:
+def refuse_name(username: str, password: str, argument: str) -> None:
+    if password.casefold() == username:
         raise Refusal(message={argument: "Must not be the name itself"})
-    return {"hash": service.passwords.hash(password)}
 
-def read_user(request: Request) -> Any:
+
+def add_account(app: App, name: str, hash: str, roles: Iterable[str] = ()) -> None:
+    """A new account with its starter items; 409 if the name is or was taken."""
+    with app.store.write(name) as data:
+        if data["account"]:
+            raise http.Conflict(f"The name {name} is taken")
+        data["account"] = {"hash": hash, "roles": sorted(set(roles))}
+        for resource in app.resources:
+            for id, item in resource.starter.items():
+                add_item(data, resource, item, id)
+
+
+def read_user(request: Request) -> Response:
     """Who is logged in"""
-    with request.read():
-        return {"username": request.user}
+    roles = roles_of(request.read(NO_ITEMS))
+    return answer({"username": request.user, "roles": roles})
 
-def change_password(request: Request) -> Reply:
+
+def change_password(request: Request) -> Response:
     """Change the password; all other sessions end"""
-    given = request.parse(NEW_PASSWORD)
-    account = confirmed_account(request, given.password)
-    changed = new_account(request.service, request.user, given.new_password, "new_password")
-    with request.write() as data:
-        refuse_unless(data, account)
-        data["account"]["password"] = changed
-        for sid in set(data["sessions"]) - {request.claims["sid"]}:
-            del data["sessions"][sid]
+    given = request.parse(CHANGE)
+    account = check_password(request, request.user, given.password)
+    refuse_name(request.user, given.new_password, "new_password")
+    hash = request.app.passwords.hash(given.new_password)
+    with request.write(NO_ITEMS) as data:
+        refuse_change(data, account)
+        data["account"]["hash"] = hash
+        end_other_sessions(request, data)
     request.log("password changed", request.user)
-    return None, 204, {}
+    return answer(status=204)
 
-def delete_user(request: Request) -> Reply:
-    """Delete the account and all that it holds"""
-    account = confirmed_account(request, request.parse(OLD_PASSWORD).password)
-    with request.write() as data:
-        refuse_unless(data, account)
-        data.clear()
+
+def delete_user(request: Request) -> Response:
+    """Delete the account and all that it holds; the name stays taken"""
+    given = request.parse(CONFIRM)
+    account = check_password(request, request.user, given.password)
+    with request.write(NO_ITEMS) as data:
+        refuse_change(data, account)
+        delete_account(data)
     request.log("account deleted", request.user)
-    return None, 204, {}
+    return answer(status=204)
 
-def confirmed_account(request: Request, password: str) -> Any:
-    """The bearer's account, once the bearer has given its password."""
-    with request.read() as data:
-        account = data["account"]["password"]
-    if not request.service.passwords.match(account["hash"], password, request.user, request.remote_addr or ""):
-        raise Refusal(message={"password": "Wrong password"})
+
+def delete_account(data: Data) -> None:
+    data.clear()
+    data["account"] = {"hash": None}  # nobody inherits what others keep under the name
+
+
+def check_password(request: Request, name: str, password: str) -> dict[str, Any]:
+    """The account of whoever knows its password; WrongPassword for others, or 429.
+
+    It is checked outside of any block, so inside one refuse_change must follow.
+    """
+    account: dict[str, Any] = {}
+    if re.fullmatch(NAME.pattern, name):
+        account = request.app.store.read(name, NO_ITEMS)["account"]
+    address = request.remote_addr or ""
+    try:
+        is_right = request.app.passwords.match(
+            account.get("hash"), password, name, address
+        )
+    except http.TooManyRequests:
+        request.log("throttled", name)
+        raise
+    if not is_right:
+        request.log("failed login", name)
+        raise WrongPassword("The user name or the password is wrong")
     return account
 
-def refuse_unless(data: Data, account: Any) -> None:
-    """Passwords are checked outside of the transaction, so inside of it the account must still be the same."""
-    if data["account"].get("password") != account:
-        raise Refusal(message={"password": "Was changed at this moment"})
 
-def issue_token(request: Request) -> Reply:
+def refuse_change(data: Data, account: dict[str, Any]) -> None:
+    if data["account"] != account:
+        raise WrongPassword("The account was changed at this moment")
+
+
+def list_sessions(request: Request) -> Response:
+    """Where the user is logged in; times in seconds since 1970"""
+    data, now = request.read(NO_ITEMS), request.app.clock()
+    return answer(
+        {
+            sid: {
+                "started_at": session["started_at"],
+                "renewed_at": int(session["rotated_at"]),
+                "expires_at": session["expires_at"],
+                "is_current": sid == request.claims["sid"],
+            }
+            for sid, session in data["sessions"].items()
+            if session["expires_at"] > now
+        }
+    )
+
+
+def end_session(request: Request, sid: str) -> Response:
+    """End one session"""
+    with request.write(NO_ITEMS) as data:
+        if not data["sessions"].pop(sid, None):
+            raise http.NotFound(f"Session {sid} doesn't exist")
+    request.log("logout", request.user)
+    return answer(status=204)
+
+
+def end_sessions(request: Request) -> Response:
+    """End all sessions but this one"""
+    with request.write(NO_ITEMS) as data:
+        end_other_sessions(request, data)
+    request.log("logout", request.user)
+    return answer(status=204)
+
+
+def end_other_sessions(request: Request, data: Data) -> None:
+    sid = request.claims["sid"]
+    data["sessions"] = {sid: data["sessions"][sid]}
+
+
+def issue_token(request: Request) -> Response:
     """Log in, or refresh a session"""
-    grant_type = token_request(request, GRANT).grant_type
-    if grant_type not in GRANTS:
-        raise Refusal(error="unsupported_grant_type", error_description=f"The grants are {' and '.join(GRANTS)}")
-    parser, grant = GRANTS[grant_type]
-    return grant(request, **token_request(request, parser)), 200, NO_STORE
+    given = parse_once(request, GRANT)
+    grants = {"password": log_in, "refresh_token": refresh}
+    grant = grants.get(given.grant_type)
+    if grant is None:
+        right = f"The grants are {' and '.join(grants)}"
+        raise Refusal(error="unsupported_grant_type", error_description=right)
+    if given.scope:
+        raise Refusal(error="invalid_scope", error_description="There are no scopes")
+    return answer(grant(request, given), Cache_Control="no-store")
 
-def token_request(request: Request, parser: RequestParser) -> Namespace:
-    """Arguments that stand once each, and in the body, since URLs are logged (RFC 6749 §3.2, §2.3.1)."""
-    repeated = [each.name for each in parser.args if len(request.form.getlist(each.name)) > 1]
-    in_url = request.args.keys() & {"username", "password", "refresh_token", "token", "access_token"}
-    if repeated or in_url:
-        right = "be sent once" if repeated else "be in the body, not in the URL"
-        raise Refusal(error="invalid_request", error_description=f"{min(repeated or in_url)} must {right}")
-    return request.parse(parser, public=True)
 
-def log_in(request: Request, username: str, password: str) -> dict[str, Any]:
-    """A new session's tokens. First-party login: RFC 9700 §2.4 retires this grant for third parties."""
-    service, account = request.service, None
-    if re.fullmatch(NAME.pattern, username):
-        with service.store.read(username) as data:
-            account = data["account"].get("password")
-    if not service.passwords.match(account and account["hash"], password, username, request.remote_addr or ""):
-        raise InvalidToken("The user name or the password is wrong")
-    with service.store.write(username) as data:
-        if data["account"].get("password") != account:
-            raise InvalidToken("The user name or the password was changed at this moment")
-        now = service.clock()
-        sid, session = open_session(data, now, service.settings.refresh_ttl)
-    return service.tokens.pair(username, sid, session, now)
+def parse_once(request: Request, parser: RequestParser) -> Namespace:
+    """Arguments that stand once each, and in the body: URLs are logged (RFC 6749 §3.2)."""
+    in_url = [each.name for each in parser.args if each.name in request.args]
+    if in_url:
+        raise Refusal(message=f"{in_url[0]} must be in the body, not in the URL")
+    twice = [name for name in request.form if len(request.form.getlist(name)) > 1]
+    if twice:
+        raise Refusal(message=f"{twice[0]} must be sent once")
+    return request.parse(parser)
 
-def refresh(request: Request, refresh_token: str) -> dict[str, Any]:
+
+def needed(given: Namespace, name: str) -> str:
+    if given[name] is None:
+        raise Refusal(message={name: "Missing required parameter"})
+    return str(given[name])
+
+
+def log_in(request: Request, given: Namespace) -> dict[str, Any]:
+    """A new session's tokens. First-party login: RFC 9700 §2.4 retires this for others."""
+    app, name = request.app, needed(given, "username")
+    account = check_password(request, name, needed(given, "password"))
+    with app.store.write(name, NO_ITEMS) as data:
+        refuse_change(data, account)
+        sid = open_session(data, app.clock(), app.settings.refresh_ttl)
+    request.log("login", name)
+    return app.tokens.pair(name, roles_of(data), sid, data["sessions"][sid])
+
+
+def refresh(request: Request, given: Namespace) -> dict[str, Any]:
     """The next generation's tokens; a replayed token ends its session."""
-    service, claims = request.service, request.service.tokens.verify(REFRESH, refresh_token)
-    user, sid = claims["sub"], claims["sid"]
-    with service.store.write(user) as data:
-        now, known = service.clock(), sid in data["sessions"]
-        session = renew_session(data, sid, claims["gen"], now, service.settings.refresh_grace)
-        ended = known and sid not in data["sessions"]
-    if session:
-        return service.tokens.pair(user, sid, session, now)
-    if ended:
-        request.log("reuse detected", user)
+    app = request.app
+    claims = app.tokens.verify(REFRESH, needed(given, "refresh_token"))
+    name, sid, grace = claims["sub"], claims["sid"], app.settings.refresh_grace
+    with app.store.write(name, NO_ITEMS) as data:
+        was_open = sid in data["sessions"]
+        is_open = renew_session(data, sid, claims["gen"], app.clock(), grace)
+    if is_open:
+        return app.tokens.pair(name, roles_of(data), sid, data["sessions"][sid])
+    if was_open and sid not in data["sessions"]:
+        request.log("reuse detected", name)
     raise InvalidToken("The session has ended: log in again")
 
-def revoke_token(request: Request) -> Reply:
+
+def revoke_token(request: Request) -> Response:
     """Log out: end the session of an access or a refresh token (RFC 7009)"""
-    token = token_request(request, REVOKE).token
+    token = parse_once(request, TOKEN).token
     for typ in (ACCESS, REFRESH):
-        with suppress(InvalidToken):  # junk is no error here (§2.2), and a late logout still is a logout
-            claims = request.service.tokens.verify(typ, token, expired=True)
-            with request.service.store.write(claims["sub"]) as data:
-                data["sessions"].pop(claims["sid"], None)
-    return None, 200, {}
+        with suppress(
+            InvalidToken
+        ):  # junk is no error here (§2.2), nor is a late logout
+            claims = request.app.tokens.verify(typ, token, even_expired=True)
+            with request.app.store.write(claims["sub"], NO_ITEMS) as data:
+                if data["sessions"].pop(claims["sid"], None):
+                    request.log("logout", claims["sub"])
+    return answer({}, Cache_Control="no-store")
 
-GRANT = parser_of(Argument("grant_type", ANY, required=True))
-GRANTS: dict[str, tuple[RequestParser, View]] = {
-    "password": (parser_of(*(Argument(name, ANY, required=True) for name in ("username", "password"))), log_in),
-    "refresh_token": (parser_of(Argument("refresh_token", ANY, required=True)), refresh),
-}
-TOKEN_REQUESTS = [  # what POST /token takes, for its description
-    parser_of(Argument("grant_type", choices=[name], required=True), *parser.args)
-    for name, (parser, _) in GRANTS.items()
-]
-REVOKE = parser_of(Argument("token", ANY, required=True))
 
-def read_jwks(request: Request) -> Reply:
+def read_jwks(request: Request) -> Response:
     """The public keys that verify access tokens (RFC 7517)"""
-    return request.service.tokens.jwks, 200, {"Cache-Control": "max-age=300"}
+    return answer(request.app.tokens.jwks, Cache_Control="max-age=300")
 
-def read_metadata(request: Request) -> Any:
-    """Where a client finds what, and how (RFC 8414)"""
-    issuer, prefix = request.service.settings.issuer, request.prefix
-    base = issuer.rstrip("/") + ("" if urlsplit(issuer).path.rstrip("/").endswith(prefix) else prefix)
-    return {
-        "issuer": issuer, "token_endpoint": f"{base}/token", "revocation_endpoint": f"{base}/revoke",
-        "jwks_uri": f"{base}/.well-known/jwks.json", "grant_types_supported": [*GRANTS], "response_types_supported": [],
-        "token_endpoint_auth_methods_supported": ["none"], "revocation_endpoint_auth_methods_supported": ["none"],
-    }  # fmt: skip
 
-def list_items(request: Request, resource: Resource) -> Reply:
+def list_items(request: Request, resource: Resource) -> Response:
     """List the items in the order of their creation"""
     given = request.parse(PAGE)
-    with request.read() as data:
-        rows = data[resource.name].page(int(given.after, 16), given.limit and given.limit + 1)
-    link = {}
-    if given.limit and len(rows) > given.limit:
-        url = f"{request.prefix}/{resource.name}?limit={given.limit}&after={rows[-2][0]:x}"
-        link = {"Link": f'<{url}>; rel="next"'}
-    return conditional(request, {id: item for _, id, item in rows[: given.limit]}, **link)
+    after, limit = int(given.after, 16), given.limit or Query().limit
+    page = request.read_items(resource, after=after, limit=limit)[resource.name]
+    headers = {}
+    if page.next:
+        limited = f"limit={limit}&" if given.limit else ""
+        url = f"{request.prefix}/{resource.name}?{limited}after={page.next:x}"
+        headers["Link"] = f'<{url}>; rel="next"'
+    return conditional(request, page, **headers)
 
-def create_item(request: Request, resource: Resource) -> Reply:
+
+def create_item(request: Request, resource: Resource) -> Response:
     """Create an item under the next id"""
-    item = dict(request.parse(resource.parser))
-    with request.write() as data:
-        counts, limit = counter(data, resource), request.service.settings.max_items
-        number = counts["last"] + 1
-        while (id := f"{resource.item}{number}") in data[resource.name] and counts["count"] < limit:
-            number += 1
-        add_item(data, resource, id, item, limit, number)
-    return item, 201, {"Location": f"{request.prefix}/{resource.name}/{id}", "ETag": etag(item)}
+    item = request.parse_item(resource)
+    is_conditional = "If-Match" in request.headers or "If-None-Match" in request.headers
+    which = {} if is_conditional else {"limit": 0}
+    with request.write_items(resource, **which) as data:
+        check_preconditions(request, data[resource.name])
+        id = next_id(data, resource)
+        add_item(data, resource, item, id, request.app.settings.max_items)
+    url = f"{request.prefix}/{resource.name}/{id}"
+    return tagged(item, 201, Location=url)
 
-def read_item(request: Request, resource: Resource, id: str) -> Reply:
+
+def read_item(request: Request, resource: Resource, id: str) -> Response:
     """Read one item"""
-    with request.read() as data:
-        item = existing_item(data, resource, id)
-    return conditional(request, item)
+    data = request.read_items(resource, id=id)
+    return conditional(request, existing_item(data, resource, id))
 
-def put_item(request: Request, resource: Resource, id: str) -> Reply:
+
+def put_item(request: Request, resource: Resource, id: str) -> Response:
     """Create or replace the item under an id of one's own choice"""
-    if not ID.fullmatch(id):
-        raise http.BadRequest("An id has 1 to 64 characters, none of them a slash or a control character")
-    item = dict(request.parse(resource.parser))
-    with request.write() as data:
+    item = request.parse_item(resource)
+    with request.write_items(resource, id=id) as data:
+        if not ID.fullmatch(id):
+            right = "1 to 64 characters, no slash or control character"
+            raise http.BadRequest(f"An id has {right}, and is not . or ..")
         current = data[resource.name].get(id)
-        check_preconditions(request, None if current is None else etag(current))
+        check_preconditions(request, current)
         if current is None:
-            add_item(data, resource, id, item, request.service.settings.max_items)
-        else:
-            data[resource.name][id] = item
-    return item, 201, {"ETag": etag(item)}
+            add_item(data, resource, item, id, request.app.settings.max_items)
+        data[resource.name][id] = item
+    return tagged(item, 201)
 
-def update_item(request: Request, resource: Resource, id: str) -> Reply:
+
+def update_item(request: Request, resource: Resource, id: str) -> Response:
     """Change the arguments that are sent, and leave the others"""
-    changes = request.parse(resource.changes)
-    with request.write() as data:
+    changes = request.parse_item(resource, partial=True)
+    with request.write_items(resource, id=id) as data:
         item = existing_item(data, resource, id)
-        check_preconditions(request, etag(item))
-        if changes:
-            data[resource.name][id] = item = {**item, **changes}
-    return item, 200, {"ETag": etag(item)}
+        check_preconditions(request, item)
+        item.update(changes)
+    return tagged(item)
 
-def delete_item(request: Request, resource: Resource, id: str) -> Reply:
+
+def delete_item(request: Request, resource: Resource, id: str) -> Response:
     """Delete an item; its id is not given again"""
-    with request.write() as data:
-        check_preconditions(request, etag(existing_item(data, resource, id)))
+    with request.write_items(resource, id=id) as data:
+        check_preconditions(request, existing_item(data, resource, id))
         del data[resource.name][id]
-        counts = counter(data, resource)
-        data["counters"][resource.name] = {**counts, "count": counts["count"] - 1}
-    return None, 204, {}
+    return answer(status=204)
+
 
 def existing_item(data: Data, resource: Resource, id: str) -> dict[str, Any]:
-    item: dict[str, Any] | None = data[resource.name].get(id) if ID.fullmatch(id) else None
-    if item is None:
+    if id not in data[resource.name]:
         raise http.NotFound(f"{resource.item.capitalize()} {id} doesn't exist")
+    item: dict[str, Any] = data[resource.name][id]
     return item
 
+
+def next_id(data: Data, resource: Resource) -> str:
+    """The first number above all that ids have had, also those that a PUT chose."""
+    number = data.counter(resource.name)["number"]
+    while True:
+        number += 1
+        id = f"{resource.item}{number}"
+        data.fetch(Query(resource.name, id))
+        if id not in data[resource.name]:  # a block may have put it there by hand
+            return id
+
+
 def add_item(
-    data: Data, resource: Resource, id: str, item: dict[str, Any], limit: float = math.inf, number: int = 0
+    data: Data,
+    resource: Resource,
+    item: Mapping[str, Any],
+    id: str,
+    limit: float = math.inf,
 ) -> None:
-    """Put an item where none is; 403 if the user has as many as the limit allows. The number of its id is used up."""
-    counts = counter(data, resource)
-    if counts["count"] >= limit:
-        raise http.Forbidden(f"There is room for {limit} items: delete one first")
-    if match := re.fullmatch(f"{resource.item}([1-9][0-9]{{0,39}})", id):  # todo007 is not todo7
-        number = max(number, int(match[1]))  # counting on from 40 digits never comes to the end of 64 characters
-    data["counters"][resource.name] = {"last": max(counts["last"], number), "count": counts["count"] + 1}
-    data[resource.name][id] = item
+    """Put an item where none is; 403 if there is no room. Uses the id's number up."""
+    counter = data.counter(resource.name)
+    if counter["count"] >= limit:
+        raise http.Forbidden(f"There is room for {limit:,} items: delete one first")
+    if match := re.fullmatch(f"{resource.item}([1-9][0-9]*)", id):
+        counter["number"] = max(counter["number"], int(match[1]))
+    data[resource.name][id] = dict(item)
 
-def counter(data: Data, resource: Resource) -> dict[str, int]:
-    """How many items there are, and the highest number in an id so far: kept, so that nothing has to be counted."""
-    return data["counters"].get(resource.name) or {"last": 0, "count": 0}
 
-# ---- OpenAPI --------------------------------------------------------------------------------------------------------
-# The service as programs read it (OpenAPI 3.1), made from its routes, resources and parsers, so that it cannot drift;
-# and the page that shows this to people. What a view answers stands beside its route.
+# ---- Routes ------------------------------------------------------------------------
+# Which request goes to which view, and what the description tells of it.
 
-_HEADERS = {"303": "Location", "304": "ETag", "401": "WWW-Authenticate", "429": "Retry-After", "503": "Retry-After"}
-_EXAMPLES: dict[str, Any] = {  # of arguments, and of answers, whose schemas have the shape of their example
-    "username": "alice", "password": "correct horse battery", "new_password": "battery horse correct", "after": "a",
-    "User": {"username": "alice"}, "Health": {"status": "ok"}, "KeySet": {"keys": []}, "Index": {"GET /": "The index"},
-    "TokenPair": {"access_token": "eyJ0…", "token_type": "Bearer", "expires_in": 900, "refresh_token": "eyJ1…"},
-    "Metadata": {"issuer": "https://todo.example", "token_endpoint": "https://todo.example/token"},
-    "Error": {"message": "There is none"}, "OAuthError": {"error": "invalid_grant", "error_description": "It ended"},
-}  # fmt: skip
-_TAGS = {"anyOf": [{"const": "*"}, {"type": "string", "pattern": r'^(W/)?"[!#-~]*"(, *(W/)?"[!#-~]*")*$'}]}
-_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>To-do service</title>
-<link rel="icon" href="docs/favicon-32x32.png"><link rel="stylesheet" href="docs/swagger-ui.css">
-<div id="swagger-ui"></div><script src="docs/swagger-ui-bundle.js"></script><script src="docs/start.js"></script>"""
-_START = 'SwaggerUIBundle({url: "openapi.json", dom_id: "#swagger-ui"})'
-_POLICY = "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
-def read_openapi(request: Request) -> Any:
-    """This description"""
-    schemas = {name: object_schema([Argument(key, type(value), required=True) for key, value in shape.items()], shape)
-               for name, shape in _EXAMPLES.items() if isinstance(shape, dict)}  # fmt: skip
-    schemas["Error"]["properties"]["message"]["type"] = ["string", "object"]
-    for each in request.service.resources:
-        schemas[f"{each.name}.item"] = item = object_schema(each.arguments, each.example, kept=True)
-        schemas[each.name] = {"type": "object", "additionalProperties": item}
-    paths, names = defaultdict[str, dict[str, Any]](dict), list[str]()
-    for rule in request.service.routes.iter_rules():
-        path = re.sub("<(?:[^<>:]+:)?([^<>]+)>", r"{\1}", rule.rule)
-        for method in sorted((rule.methods or {"GET", "POST", "PUT", "PATCH", "DELETE"}) - {"HEAD", "OPTIONS"}):
-            if rule.endpoint not in (read_openapi, read_docs, read_docs_file):
-                answers = request.service.answers.get(rule.endpoint, ("default", "", []))
-                operation = paths[path][method.lower()] = _operation(rule, answers, re.findall("{(.+?)}", path))
-                names.append(operation["operationId"])
-                operation["operationId"] += f"_{n}" if (n := names.count(names[-1])) > 1 else ""
-    flows = {"password": {"tokenUrl": f"{request.prefix}/token", "scopes": {}}}
-    return {
-        "openapi": "3.1.0", "info": {"title": "To-do service", "version": "1.0.0"}, "paths": paths,
-        "servers": [{"url": request.prefix or "/"}], "components": {"schemas": schemas, "securitySchemes": {
-            "login": {"type": "oauth2", "flows": flows}, "bearer": {"type": "http", "scheme": "bearer"}}},
-    }  # fmt: skip
+@dataclass(frozen=True, eq=False)
+class Route:
+    """A view, the requests that it answers, and what a description tells of it.
 
-def _operation(rule: Rule, answers: Answers, variables: list[str]) -> dict[str, Any]:
-    view, name, (success, others, parsers) = rule.endpoint, getattr(rule.endpoint, "__name__", "view"), answers
-    resource = next((each for each in (rule.defaults or {}).values() if isinstance(each, Resource)), None)
-    words = {"items": resource.name, "item": resource.item} if resource else {}
-    examples = {"id": f"{resource.item}1", **resource.example} if resource else _EXAMPLES
-    sent = [getattr(resource, str(each), each).args for each in parsers]
-    status, schema, *headers = [*success.format(words.get("items")).split(), ""]
-    error = "OAuthError" if view in (issue_token, revoke_token) else "Error"
-    id = {"type": "string", "pattern": f"^{ID.pattern}$", "examples": [examples["id"]]} if words else {"type": "string"}
-    where: list[Any] = [("path", each, True, id) for each in variables]
-    where += [("query", it.name, it.required, it.schema()) for each in sent for it in each if "args" in it.places]
-    where += [("header", each, False, _TAGS) for each in ("If-Match", "If-None-Match") if "412" in others]
-    bearer: list[dict[str, Any]] = [{"login": []}, {"bearer": []}] if "401" in others or not others else []
-    operation: dict[str, Any] = {
-        "operationId": re.sub(r"\W+", "_", re.sub("items?$", lambda found: words.get(found[0], found[0]), name)),
-        "summary": (view.__doc__ or "").split("\n")[0], "tags": [words.get("items", "service")],
-        "security": bearer if others else [*bearer, {}],  # an embedder's view may ask for a bearer or not
-        "parameters": [dict(zip(("in", "name", "required", "schema"), each, strict=True)) for each in where],
-        "responses": {status: _answer(status, schema, *headers)}
-        | {code: _answer(code, error if code > "4" else "", _HEADERS.get(code, "")) for code in others.split()},
-    }  # fmt: skip
-    if shapes := [shape for shape in (object_schema(each, examples) for each in sent) if shape["properties"]]:
-        body = {"schema": {"oneOf": shapes} if shapes[1:] else shapes[0], "example": shapes[0]["examples"][0]}
-        kinds = ["application/json", FORMS[0], *["application/merge-patch+json"] * (view is update_item)]
-        operation["requestBody"] = {"required": bool(shapes[0]["required"]), "content": dict.fromkeys(kinds, body)}
-    return operation
-
-def _answer(status: str, schema: str, *headers: str) -> dict[str, Any]:
-    return {
-        "description": HTTP_STATUS_CODES[int(status)] if status.isdigit() else "Whatever the view answers",
-        "headers": {name: {"required": name != "Link", "schema": {"type": "string"}} for name in headers if name},
-        "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}} if schema else {},
-    }
-
-def read_docs(request: Request) -> werkzeug.Response:
-    """The page on which people read this description and try the service"""
-    read_docs_file(request, "swagger-ui.css").close()  # 404 without the extra
-    return werkzeug.Response(_PAGE, mimetype="text/html", headers={"Content-Security-Policy": _POLICY})
-
-def read_docs_file(request: Request, file: str) -> werkzeug.Response:
-    """A file of that page; Swagger UI's own come with the docs extra"""
-    if (package := find_spec("flask_swagger_ui")) is None:
-        raise http.NotFound("The page needs the docs extra: pip install 'todo-service[docs]'")
-    if file == "start.js":
-        return werkzeug.Response(_START, mimetype="text/javascript")
-    return send_from_directory(Path(str(package.origin)).parent / "dist", file, request.environ)
-
-# ---- Routes ---------------------------------------------------------------------------------------------------------
-# One Map whose endpoints are the views themselves. Every resource gets the same six rules; an embedder's own rules
-# come last and are served just the same.
-
-ROUTES: dict[str, tuple[View, Answers | None]] = {
-    # route: (view, (status, schema and headers of its success; all other statuses; its parsers, or a resource's))
-    "GET /": (read_index, ("200 Index Vary", "303 400", [])),
-    "GET /health": (read_health, ("200 Health", "400 503", [])),
-    "GET /openapi.json": (read_openapi, None),
-    "GET /docs": (read_docs, None), "GET /docs/<file>": (read_docs_file, None),
-    "POST /users": (create_user, ("201 User", "400 403 409 413 415 503", [SIGN_UP])),
-    "GET /users/me": (read_user, ("200 User", "400 401 503", [])),
-    "PATCH /users/me": (change_password, ("204", "400 401 413 415 429 503", [NEW_PASSWORD])),
-    "DELETE /users/me": (delete_user, ("204", "400 401 413 415 429 503", [OLD_PASSWORD])),
-    "POST /token": (issue_token, ("200 TokenPair Cache-Control", "400 413 415 429 503", TOKEN_REQUESTS)),
-    "POST /revoke": (revoke_token, ("200", "400 413 415 503", [REVOKE])),
-    "GET /.well-known/jwks.json": (read_jwks, ("200 KeySet Cache-Control", "400", [])),
-    "GET /.well-known/oauth-authorization-server": (read_metadata, ("200 Metadata", "400", [])),
-}  # fmt: skip
-ITEM_ROUTES: dict[str, tuple[View, Answers]] = {
-    "GET /{}": (list_items, ("200 {} ETag Link", "304 400 401 412 413 415 503", [PAGE])),
-    "POST /{}": (create_item, ("201 {}.item ETag Location", "400 401 403 413 415 503", ["parser"])),
-    "GET /{}/<id>": (read_item, ("200 {}.item ETag", "304 400 401 404 412 503", [])),
-    "PUT /{}/<id>": (put_item, ("201 {}.item ETag", "400 401 403 404 412 413 415 503", ["parser"])),
-    "PATCH /{}/<id>": (update_item, ("200 {}.item ETag", "400 401 404 412 413 415 503", ["changes"])),
-    "DELETE /{}/<id>": (delete_item, ("204", "400 401 404 412 503", [])),
-}
-ANSWERS = {view: answers for view, answers in [*ROUTES.values(), *ITEM_ROUTES.values()] if answers}
-
-def make_routes(resources: Iterable[Resource], routes: Iterable[Rule]) -> Map:
-    """The Map of an app. An embedder's rules are copied, since a Rule binds only once."""
-
-    def rule(route: str, view: View, **defaults: Any) -> Rule:
-        method, path = route.split()
-        return Rule(path, methods=[method], endpoint=view, defaults=defaults)
-
-    rules = [rule(route, view) for route, (view, _) in ROUTES.items()]
-    for each in resources:
-        rules += [rule(route.format(each.name), view, resource=each) for route, (view, _) in ITEM_ROUTES.items()]
-    # No redirects: /todos/ and //todos are other paths than /todos.
-    return Map([*rules, *(rule.empty() for rule in routes)], merge_slashes=False, redirect_defaults=False)
-
-# ---- Application ----------------------------------------------------------------------------------------------------
-# create_app puts the rooms together. Here, and only here, errors become responses. start_response is called directly,
-# since a Response object costs as much as all the rest of an authenticated GET.
-
-def make_service(
-    settings: Settings, store: Any = None, resources: Iterable[Resource] | None = None, routes: Iterable[Rule] = (),
-    clock: Clock = time.time,
-) -> Service:  # fmt: skip
-    """The parts of an app."""
-    store = open_store(settings.store_url) if store is None else store
-    if not settings.secret_key:
-        if not isinstance(store, MemoryStore):
-            raise ValueError(MISSING_SECRET)
-        settings = replace(settings, secret_key=secrets.token_hex(32))  # it forgets as much at exit as the store does
-    models = [TODO_RESOURCE] if resources is None else list(resources)
-    names = [model.name for model in models]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"two resources are named {twice[0]!r}")
-    urls = make_routes(models, routes)
-    return Service(settings, store, Tokens(settings, clock), Passwords(clock), models, urls, ANSWERS, clock)
-
-def refuse_malformed(request: Request) -> None:
-    environ = request.environ
-    if environ.get("SERVER_PROTOCOL") == "HTTP/1.1" and "HTTP_HOST" not in environ:
-        raise http.BadRequest("HTTP/1.1 asks for a Host header (RFC 9112 §3.2)")
-    if not request.query_string.isascii():
-        raise http.BadRequest("A query string is percent-encoded (RFC 3986 §2.1)")
-    if environ.get("PATH_INFO", "").startswith("//"):  # Werkzeug would take it for one slash
-        raise http.NotFound()
-
-def repeated(answer: View, request: Request) -> Any:
-    """Run a view again after a conflict of its transaction, up to 8 times."""
-    for attempt in range(7):
-        try:
-            return answer(request)
-        except StoreError as error:
-            if not error.conflict:
-                raise
-            time.sleep(random.random() * 0.005 * 2**attempt)
-    return answer(request)
-
-def create_app(
-    settings: Settings | None = None, *, store: Any = None, resources: Iterable[Resource] | None = None,
-    routes: Iterable[Rule] = (), clock: Clock = time.time,
-) -> WSGIApplication:  # fmt: skip
-    """The service as a WSGI callable (PEP 3333); ValueError for settings or names that cannot work.
-
-    settings come from the environment unless given, the store from their URL; resources replace the to-dos;
-    routes are Werkzeug Rules whose endpoints are views of your own, view(request, **url_arguments) returning JSON,
-    (JSON, status), (JSON, status, headers) or a Werkzeug Response; clock gives the time in seconds.
+    The view takes the request and its URL arguments, and returns JSON (None is null), a
+    tuple (JSON, status[, headers]), or a Response.
     """
-    service = make_service(settings or Settings.from_environ(), store, resources, routes, clock)
-    adapter, hops = service.routes.bind(""), service.settings.proxies
-    match = lru_cache(maxsize=1000)(adapter.match)  # 5 µs each; what fits no route is not remembered
-    origins = comma_list(service.settings.cors_origins)
 
-    def answer(request: Request) -> Any:
-        refuse_malformed(request)
-        if request.method == "OPTIONS" and (methods := adapter.allowed_methods(request.path)):
-            return None, 204, allow(methods)
-        view, arguments = match(request.path, request.method)
-        return view(request, **arguments)
+    rule: str  # "PUT /todos/<id>": method and Werkzeug rule
+    view: Callable[..., Any]
+    status: int = 200  # of success
+    takes: RequestParser | None = None
+    example: Any = None  # of an answer
+    is_open: bool = False  # without an access token
+    resource: Resource | None = None  # that the view is for, as a second argument
 
-    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        request = Request(environ, service)
+
+def routes_of(resource: Resource) -> list[Route]:
+    """The six routes that every resource gets."""
+    items, item, parser = f"/{resource.name}", f"/{resource.name}/<id>", resource.parser
+    one = next(iter(resource.starter.values()), None)
+    routes = [
+        Route(f"GET {items}", list_items, 200, PAGE),
+        Route(f"POST {items}", create_item, 201, parser, one),
+        Route(f"GET {item}", read_item, 200, None, one),
+        Route(f"PUT {item}", put_item, 201, parser, one),
+        Route(f"PATCH {item}", update_item, 200, parser, one),
+        Route(f"DELETE {item}", delete_item, 204),
+    ]
+    return [replace(route, resource=resource) for route in routes]
+
+
+USER = {"username": "alice"}
+SESSION = {"started_at": 1, "renewed_at": 1, "expires_at": 86401, "is_current": True}
+PAIR = {
+    "access_token": "eyJ0…",
+    "token_type": "Bearer",
+    "expires_in": 900,
+    "refresh_token": "eyJ0…",
+    "refresh_expires_in": 86400,
+}
+OUR_ROUTES = [
+    Route(
+        "GET /",
+        read_index,
+        200,
+        None,
+        {"openapi": "/openapi.json", "docs": "/docs"},
+        True,
+    ),
+    Route("GET /health", read_health, 200, None, {"status": "ok"}, True),
+    Route("POST /users", create_user, 201, SIGN_UP, USER, is_open=True),
+    Route("GET /users/me", read_user, 200, None, USER | {"roles": ["operator"]}),
+    Route("PATCH /users/me", change_password, 204, CHANGE),
+    Route("DELETE /users/me", delete_user, 204, CONFIRM),
+    Route("GET /users/me/sessions", list_sessions, 200, None, {"k3J…": SESSION}),
+    Route("DELETE /users/me/sessions", end_sessions, 204),
+    Route("DELETE /users/me/sessions/<sid>", end_session, 204),
+    Route("POST /token", issue_token, 200, GRANT, PAIR, True),
+    Route("POST /revoke", revoke_token, 200, TOKEN, {}, True),
+    Route("GET /.well-known/jwks.json", read_jwks, 200, None, {"keys": [{}]}, True),
+]
+
+
+# ---- OpenAPI -----------------------------------------------------------------------
+# The service as programs read it (OpenAPI 3.1), made from its routes, parsers and
+# resources, so that it cannot drift; and a page that shows it to people.
+
+VARIABLE = re.compile(r"<(?:[^<>:]+:)?([^<>]+)>")
+TAGS = {"type": "string", "pattern": r'^(\*|(W/)?"[!#-~]*"( *, *(W/)?"[!#-~]*")*)$'}
+ERROR = {
+    "type": "object",
+    "properties": {
+        "message": {"type": ["string", "object"]},
+        "error": {"type": "string"},
+        "error_description": {"type": "string"},
+    },
+}
+PAGE_HTML = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="docs/favicon-32x32.png">
+<link rel="stylesheet" href="docs/swagger-ui.css"><div id="swagger-ui"></div>
+<script src="docs/swagger-ui-bundle.js"></script><script src="docs/start.js"></script>"""
+START = 'SwaggerUIBundle({url: "openapi.json", dom_id: "#swagger-ui"})'
+POLICY = "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+
+
+def read_openapi(request: Request) -> Response:
+    """This description"""
+    schemas: dict[str, Any] = {"Error": ERROR}
+    for resource in request.app.resources:
+        schemas[title(resource.item)] = object_schema(resource.parser, is_kept=True)
+        schemas[title(resource.name) + "List"] = {
+            "type": "object",
+            "additionalProperties": reference(title(resource.item)),
+        }
+    paths: dict[str, dict[str, Any]] = {}
+    for route in request.app.routes:
+        if route.view not in (read_openapi, read_docs):
+            method, path = VARIABLE.sub(r"{\1}", route.rule).split()
+            paths.setdefault(path, {})[method.lower()] = operation(route, path)
+    flows = {"password": {"tokenUrl": f"{request.prefix}/token", "scopes": {}}}
+    schemes = {
+        "login": {"type": "oauth2", "flows": flows},
+        "bearer": {"type": "http", "scheme": "bearer"},
+    }
+    document = {
+        "openapi": "3.1.0",
+        "info": {"title": request.app.title, "version": "1.0.0"},
+        "servers": [{"url": request.prefix or "/"}],
+        "paths": paths,
+        "components": {"schemas": schemas, "securitySchemes": schemes},
+    }
+    return Response(json.dumps(document), content_type="application/json")
+
+
+def title(word: str) -> str:
+    return word.title().replace("-", "")
+
+
+def reference(name: str) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def operation(route: Route, path: str) -> dict[str, Any]:
+    """What OpenAPI says of one route."""
+    resource, parser = route.resource, route.takes or RequestParser()
+    method = route.rule.split()[0]
+    parameters = [
+        parameter("path", name, {"type": "string"}, required=True)
+        for name in VARIABLE.findall(route.rule)
+    ]
+    parameters += [
+        parameter("query", each.name, each.schema, each.required)
+        for each in parser.args
+        if each.places == ["args"]
+    ]
+    if resource:
+        tags = ("If-Match", "If-None-Match")
+        parameters += [parameter("header", name, TAGS, False) for name in tags]
+    described = {
+        "operationId": re.sub(r"\W+", "_", f"{method} {path}").strip("_").lower(),
+        "summary": (route.view.__doc__ or path).strip().split("\n")[0],
+        "tags": [resource.name if resource else "service"],
+        "security": [] if route.is_open else [{"login": []}, {"bearer": []}],
+        "parameters": parameters,
+        "responses": {
+            str(route.status): success(route),
+            "default": {
+                "description": "An error",
+                "content": {"application/json": {"schema": reference("Error")}},
+            },
+        },
+    }
+    body = object_schema(parser, is_partial=method == "PATCH" and bool(resource))
+    if body["properties"]:
+        if resource and route.example:
+            body["examples"] = [route.example]
+        kinds = PATCHES if method == "PATCH" else PATCHES[::2]
+        content = {kind: {"schema": body} for kind in kinds}
+        described["requestBody"] = {
+            "required": bool(body["required"]),
+            "content": content,
+        }
+    return described
+
+
+def parameter(place: str, name: str, schema: Any, required: bool) -> dict[str, Any]:
+    return {"in": place, "name": name, "required": required, "schema": schema}
+
+
+def success(route: Route) -> dict[str, Any]:
+    """The answer of a route: its resource's, or what looks like its example."""
+    described: dict[str, Any] = {"description": HTTP_STATUS_CODES[route.status]}
+    if route.status == 204:
+        return described
+    schema = schema_of(route.example)
+    if route.resource:
+        is_list = route.view is list_items
+        name = route.resource.name if is_list else route.resource.item
+        schema = reference(title(name) + ("List" if is_list else ""))
+    return described | {"content": {"application/json": {"schema": schema}}}
+
+
+def schema_of(example: Any) -> dict[str, Any]:
+    """The JSON Schema of what looks like this example."""
+    if isinstance(example, dict):
+        properties = {name: schema_of(value) for name, value in example.items()}
+        return {"type": "object", "properties": properties, "examples": [example]}
+    if isinstance(example, list):
+        return {"type": "array", "items": schema_of(example[0]) if example else {}}
+    return KINDS[type(example)][0] if type(example) in KINDS else {}
+
+
+def object_schema(
+    parser: RequestParser, is_kept: bool = False, is_partial: bool = False
+) -> dict[str, Any]:
+    """What a body holds, or what is kept of it."""
+    properties, required = {}, []
+    for each in parser.args:
+        if {"json", "form"} & {*each.places}:
+            name = (each.dest if is_kept else None) or each.name
+            may_be_null = each.nullable or (each.nullable is None and not each.required)
+            null = {"anyOf": [each.schema, {"type": "null"}]}
+            properties[name] = null if may_be_null else each.schema
+            if each.required and not is_partial:
+                required.append(name)
+    return {"type": "object", "properties": properties, "required": required}
+
+
+def read_docs(request: Request, file: str = "") -> Response:
+    """The page on which people read this description and try the service"""
+    package = find_spec("flask_swagger_ui")
+    if package is None:
+        raise http.NotFound("The page needs: pip install flask-swagger-ui")
+    if not file:
+        page = PAGE_HTML.format(title=request.app.title)
+        return Response(
+            page, mimetype="text/html", headers={"Content-Security-Policy": POLICY}
+        )
+    if file == "start.js":
+        return Response(START, mimetype="text/javascript")
+    folder = Path(str(package.origin)).parent / "dist"
+    return send_from_directory(folder, file, request.environ)
+
+
+DOCS_ROUTES = [
+    Route("GET /openapi.json", read_openapi, is_open=True),
+    Route("GET /docs", read_docs, is_open=True),
+    Route("GET /docs/<file>", read_docs, is_open=True),
+]
+
+
+# ---- Application -------------------------------------------------------------------
+# An App puts the rooms together. Here, and only here, errors become answers.
+
+
+class App:
+    """The service as a WSGI callable (PEP 3333).
+
+    settings come from the environment unless given, the store from their URL; resources
+    replace the to-dos; routes are more Routes, or replace ours of the same rule; clock
+    gives the time in seconds. Raises ValueError for what cannot work.
+    """
+
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        *,
+        store: Any = None,
+        resources: Iterable[Resource] | None = None,
+        routes: Iterable[Route] = (),
+        clock: Clock = time.time,
+        title: str = "To-do service",
+    ) -> None:
+        settings = settings or Settings.from_environ()
+        self.store = open_store(settings.store_url) if store is None else store
+        if not settings.secret_key:
+            if not isinstance(self.store, MemoryStore):
+                raise ValueError(
+                    "SERVICE_SECRET_KEY must be set for a store that lasts"
+                )
+            # It forgets as much at exit as the store does.
+            settings = replace(settings, secret_key=secrets.token_hex(32))
+        self.settings, self.clock, self.title = settings, clock, title
+        self.tokens, self.passwords = Tokens(settings, clock), Passwords(clock)
+        self.resources = [TODO_RESOURCE] if resources is None else list(resources)
+        names = [resource.name for resource in self.resources]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two resources have one name: {', '.join(names)}")
+        items = [route for each in self.resources for route in routes_of(each)]
+        every = [*OUR_ROUTES, *DOCS_ROUTES, *items, *routes]
+        self.routes = list({route.rule: route for route in every}.values())
+        rules = []
+        for route in self.routes:
+            method, path = route.rule.split()
+            rules.append(Rule(path, methods=[method], endpoint=route))
+        # No redirects: /todos/ and //todos are other paths than /todos.
+        self._urls = Map(rules, merge_slashes=False, redirect_defaults=False).bind("")
+        hops = settings.proxies
+        self._wsgi: WSGIApplication = self._respond
+        if hops:
+            self._wsgi = ProxyFix(self._wsgi, hops, hops, hops, 0, hops)
+
+    def __call__(
+        self, environ: WSGIEnvironment, start_response: StartResponse
+    ) -> Iterable[bytes]:
+        return self._wsgi(environ, start_response)
+
+    def _respond(
+        self, environ: WSGIEnvironment, start_response: StartResponse
+    ) -> Iterable[bytes]:
+        request = Request(environ, self)
         try:
-            reply = repeated(answer, request)
+            response = self._answer(request)
         except RequestRedirect:
-            reply = error_reply(http.NotFound(), oauth=False)
+            response = error_answer(http.NotFound())
         except http.HTTPException as error:
-            reply = error_reply(error, oauth=request.path in ("/token", "/revoke"))
-        if "files" in request.__dict__:  # of an upload
-            request.close()
-        return send(environ, start_response, reply, cors_headers(environ, origins))
+            response = error_answer(error, oauth=request.path in ("/token", "/revoke"))
+        except Exception:
+            log.exception("a bug: %s %s", request.method, request.path)
+            response = error_answer(http.InternalServerError())
+        response.call_on_close(request.close)  # of uploads
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        if "HTTP_AUTHORIZATION" in environ:  # no cache may give it to anybody else
+            response.headers.setdefault("Cache-Control", "private, no-cache")
+        add_cors(response, environ, self.settings.origins)
+        return response(environ, start_response)
 
-    return ProxyFix(app, x_for=hops, x_proto=hops, x_host=hops, x_prefix=hops) if hops else app
+    def _answer(self, request: Request) -> Response:
+        environ, path = request.environ, request.path
+        if environ.get("SERVER_PROTOCOL") == "HTTP/1.1" and "HTTP_HOST" not in environ:
+            raise http.BadRequest("HTTP/1.1 asks for a Host header (RFC 9112 §3.2)")
+        if "\0" in path:
+            raise http.BadRequest("A path holds no NUL")
+        if environ.get("PATH_INFO", "").startswith("//"):  # Werkzeug takes it for one
+            raise http.NotFound()
+        if request.method == "OPTIONS":
+            methods = [*self._urls.allowed_methods(path)]
+            if methods:
+                response = answer(
+                    None, 204, Allow=", ".join(sorted({*methods, "OPTIONS"}))
+                )
+                if "PATCH" in methods:
+                    response.headers["Accept-Patch"] = ", ".join(PATCHES)
+                return response
+        route, found = self._urls.match(path, request.method)
+        arguments, request.route = dict(found), route
+        if not route.is_open:
+            request.user  # noqa: B018 (401 comes before all else)
+        if route.resource:
+            arguments["resource"] = route.resource
+        result = route.view(request, **arguments)
+        if isinstance(result, Response):
+            return result
+        if not isinstance(result, tuple):
+            return answer(result, route.status)
+        body, status, headers = (*result, {})[:3]
+        response = answer(body, status)
+        response.headers.update(headers)
+        return response
 
-# ---- Guard ----------------------------------------------------------------------------------------------------------
-# What other services mount in front of themselves, so that one login opens them too. It knows keys, but no sessions:
-# a logout reaches them when the access token expires.
+
+create_app = App  # gunicorn's name for it: wsgi_app = "service:create_app()"
+
+
+# ---- Guard -------------------------------------------------------------------------
+# What other services mount in front of themselves, so that one login opens them too. It
+# knows keys, but no sessions: a logout reaches them when the access token expires.
+
 
 def guard(
-    wsgi_app: WSGIApplication, *, issuer: str, audience: str, secret: str | None = None, jwks_url: str | None = None,
-    open_paths: Iterable[str] = (), clock: Clock = time.time,
-) -> WSGIApplication:  # fmt: skip
-    """WSGI middleware that lets only valid access tokens through; the app finds REMOTE_USER and service.claims.
+    wsgi_app: WSGIApplication,
+    *,
+    issuer: str,
+    audience: str,
+    secret: str | None = None,
+    jwks_url: str | None = None,
+    open_paths: Iterable[str] = (),
+    clock: Clock = time.time,
+) -> WSGIApplication:
+    """WSGI middleware that lets only valid access tokens through.
 
-    It verifies with the issuer's secret (which can forge tokens as well) or with the keys at its jwks_url. Without a
-    good token it answers 401 as RFC 6750 §3 says, without keys 503. CORS preflights and open_paths pass, as nobody.
+    The app finds REMOTE_USER, the name, and service.claims. It verifies with the keys at
+    the issuer's jwks_url, or with its secret (which can forge tokens as well). Without a
+    good token it answers 401 (RFC 6750 §3), without keys 503. CORS preflights and
+    open_paths pass, as nobody.
     """
     if bool(secret) == bool(jwks_url) or isinstance(open_paths, str):
-        raise ValueError("guard needs either secret or jwks_url, and a list of open_paths")
-    settings, paths = Settings(secret_key=secret or "", issuer=issuer, audience=audience), set(open_paths)
-    tokens = Tokens(settings, clock, remote_keys(jwks_url, clock) if jwks_url else None)
+        raise ValueError("guard needs a secret or a jwks_url, and a list of open_paths")
+    settings, paths = (
+        Settings(secret or "", issuer=issuer, audience=audience),
+        {*open_paths},
+    )
+    tokens = Tokens(settings, clock, remote_keys(jwks_url) if jwks_url else None)
 
-    def guarded(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    def guarded(
+        environ: WSGIEnvironment, start_response: StartResponse
+    ) -> Iterable[bytes]:
         for name in ("REMOTE_USER", "HTTP_REMOTE_USER", "AUTH_TYPE", "service.claims"):
-            environ.pop(name, None)
-        preflight = environ["REQUEST_METHOD"] == "OPTIONS" and "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in environ
-        if not preflight and environ.get("PATH_INFO") not in paths:
+            environ.pop(name, None)  # nobody says himself who he is
+        if environ.get("PATH_INFO") not in paths and not is_preflight(environ):
             try:
                 claims = tokens.verify(ACCESS, bearer_token(environ))
             except http.HTTPException as error:
-                return send(environ, start_response, error_reply(error, oauth=False))
-            environ |= {"REMOTE_USER": claims["sub"], "AUTH_TYPE": "Bearer", "service.claims": dict(claims)}
+                response = error_answer(error)
+                add_cors(response, environ, ["*"])
+                return response(environ, start_response)
+            environ["REMOTE_USER"], environ["AUTH_TYPE"] = claims["sub"], "Bearer"
+            environ["service.claims"] = dict(claims)
         return wsgi_app(environ, start_response)
 
     return guarded
 
-# ---- Main -----------------------------------------------------------------------------------------------------------
-# python service.py is the development server, which starts anew whenever a file changes; and two commands.
 
-def add_user(name: str) -> None:
-    """Add an account, with a password from the prompt or from standard input."""
-    settings = Settings.from_environ()
-    if settings.store_url == "memory:":
-        raise ValueError("adduser needs a store that outlives it, for example SERVICE_STORE_URL=sqlite:///todos.db")
-    password = getpass() if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
-    for what, rule, text in (("name", NAME, name), ("password", PASSWORD, password)):
+def remote_keys(url: str) -> FindKey:
+    """A function that finds a public key by its kid in the JWK set at a URL."""
+    client = jwt.PyJWKClient(
+        url, timeout=5, cooldown_duration=10, headers={"User-Agent": "todo-service"}
+    )
+
+    def find(kid: str) -> jwt.PyJWK:
         try:
-            rule(text)
-        except ValueError as error:
-            raise ValueError(f"The {what} cannot be: {error}") from None
-    add_account(make_service(settings), name, password)
+            key = client.get_signing_key(kid)
+        except (jwt.PyJWKClientConnectionError, OSError) as error:
+            log.warning("no keys from %s: %s", url, error)
+            text = "The issuer's keys cannot be had"
+            raise http.ServiceUnavailable(text, retry_after=10) from None
+        if key.algorithm_name not in THUMBPRINT:  # a secret that was published is none
+            raise LookupError(kid)
+        return key
 
-def generate_key(path: str) -> None:
-    """Write a new Ed25519 private key that only its owner can read."""
-    from cryptography.hazmat.primitives import serialization as pem
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    return find
 
-    text = Ed25519PrivateKey.generate().private_bytes(pem.Encoding.PEM, pem.PrivateFormat.PKCS8, pem.NoEncryption())
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(text)
 
-def main() -> None:
-    """Run the development server or a command."""
-    parser = argparse.ArgumentParser(description="A to-do service with tokens: its development server")
-    parser.add_argument("--port", type=int, default=5000)
+# ---- Main --------------------------------------------------------------------------
+# python service.py is the development server, which starts anew when a file changes;
+# and three commands, for closed sign-up and lost passwords.
+
+
+def main(app: App | None = None) -> None:
+    """Run the development server or a command, for this app or our own."""
+    parser = argparse.ArgumentParser(description="The development server, and accounts")
     commands = parser.add_subparsers(dest="command")
-    commands.add_parser("adduser", help="add an account where sign-up is closed").add_argument("name")
-    commands.add_parser("genkey", help="write a new signing key").add_argument("file", nargs="?", default="ed25519.pem")
+    adduser = commands.add_parser("adduser", help="add an account")
+    adduser.add_argument("--role", action="append", default=[])
+    passwd = commands.add_parser("passwd", help="set a password; all sessions end")
+    deluser = commands.add_parser("deluser", help="delete an account and all it holds")
+    for command in (adduser, passwd, deluser):
+        command.add_argument("name")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     try:
-        if options.command == "adduser":
-            add_user(options.name)
-        elif options.command == "genkey":
-            generate_key(options.file)
+        app = app or App()
+        if options.command:
+            run_command(app, options)
         else:
-            run_simple("127.0.0.1", options.port, create_app(), use_reloader=True, threaded=True)
-    except (ValueError, OSError, ImportError, http.HTTPException) as error:
-        sys.exit(str(error))
+            run_simple("127.0.0.1", port_from(), app, use_reloader=True, threaded=True)
+    except (ValueError, OSError, http.HTTPException) as error:
+        sys.exit(getattr(error, "description", str(error)))
+
+
+def run_command(app: App, options: argparse.Namespace) -> None:
+    if isinstance(app.store, MemoryStore):
+        raise ValueError("Set SERVICE_STORE_URL: the memory store is gone at the end")
+    name = options.name
+    if options.command == "adduser":
+        for role in options.role:
+            Text(1, 30, "[a-z][a-z0-9-]*", "a role such as operator")(role)
+        add_account(app, NAME(name), new_hash(app, name), options.role)
+        return
+    hash = new_hash(app, name) if options.command == "passwd" else None
+    with app.store.write(NAME(name), NO_ITEMS) as data:
+        if not data["account"].get("hash"):
+            raise ValueError(f"There is no account {name}")
+        if hash:
+            data["account"]["hash"], data["sessions"] = hash, {}
+        else:
+            delete_account(data)
+
+
+def new_hash(app: App, name: str) -> str:
+    """The hash of a password that is typed, or a line of standard input."""
+    typed = getpass() if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
+    password = PASSWORD(typed)
+    if password.casefold() == name:
+        raise ValueError("The password must not be the name itself")
+    return app.passwords.hash(password)
+
 
 if __name__ == "__main__":
     main()
