@@ -14,6 +14,7 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -75,7 +76,8 @@ def clean_environ(**environ: str) -> dict[str, str]:
         for name, text in os.environ.items()
         if not name.startswith(tuple(ours.split()))
     }
-    return kept | environ
+    programs = {"PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"}
+    return kept | programs | environ
 
 
 # ---- Servers ------------------------------------------------------------------------
@@ -414,6 +416,25 @@ def postgres_url(database_url: str) -> str:
     with psycopg.connect(database_url, autocommit=True) as connection:
         connection.execute("DROP TABLE IF EXISTS users, items")
     return database_url
+
+
+@pytest.fixture(autouse=True)
+def _close_connections(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Stores keep their connections; here they end with the test that opened them."""
+    opened: list[Any] = []
+
+    def noting(connect: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*given: Any, **options: Any) -> Any:
+            opened.append(connect(*given, **options))
+            return opened[-1]
+
+        return noted
+
+    for driver in (sqlite3, psycopg):
+        monkeypatch.setattr(driver, "connect", noting(driver.connect))
+    yield
+    for connection in opened:
+        connection.close()
 
 
 @pytest.fixture(params=["memory", "sqlite", "postgres"])

@@ -36,7 +36,7 @@ def test_people_log_in_and_create_a_todo_on_the_page(
     browser.see("#swagger-ui .modal-ux .auth-container h6", "Authorized")
     browser.see("#swagger-ui .modal-ux button.btn-done").click()
 
-    create = "#swagger-ui [id$=create_todo]"
+    create = "#swagger-ui [id$=post_todos]"
     browser.see(f"{create} .opblock-summary-control").click()
     browser.see(f"{create} button.try-out__btn").click()
     browser.type(f"{create} textarea.body-param__text", '{"task": "buy milk"}')
@@ -56,7 +56,7 @@ def test_an_operation_on_an_item_is_ready_to_run_as_the_page_fills_it_in(
 ) -> None:
     """What is filled in names an item, and no precondition that would fail."""
     browser.open(site.url + "/docs")
-    update = "#swagger-ui [id$=update_todo]"
+    update = "#swagger-ui [id$=patch_todos_id]"
     browser.see(f"{update} .opblock-summary-control").click()
     browser.see(f"{update} button.try-out__btn").click()
     for name in ("If-Match", "If-None-Match"):
@@ -70,7 +70,7 @@ def test_an_operation_on_an_item_is_ready_to_run_as_the_page_fills_it_in(
 def test_a_phone_shows_the_page_in_its_own_width(browser: Browser, site: serve) -> None:
     browser.open(site.url + "/docs", width=390)
     browser.see("#swagger-ui .info .title", "To-do service")
-    browser.see("#swagger-ui [id$=create_todo]")
+    browser.see("#swagger-ui [id$=post_todos]")
     script = "return [innerWidth, document.documentElement.scrollWidth]"
     assert browser.run(script) == [390, 390]
 

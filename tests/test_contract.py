@@ -113,7 +113,7 @@ def test_every_example_is_valid(described: World) -> None:
             whole = schema | {"components": document["components"]}
             Draft202012Validator(whole).validate(example)
             count += 1
-    assert count > 10
+    assert count > 5
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ AMBIGUOUS = [  # requests that two servers could read differently
 ODD_LINES = (
     "OPTIONS *|CONNECT example.org:80|GET http://example.org/|GET /%ff%fe|GET /%00|"
     "GET /todos/%f0%9f%90%8d?limit=%ff|GET /todos?after=%00|PROPFIND /todos|"
-    f"GET //todos|GET /todos/|get /health|GET /../../etc/passwd|TRACE /|GET /{'x' * 5000}"
+    f"GET //todos|GET /todos/|get /|GET /../../etc/passwd|TRACE /|GET /{'x' * 5000}"
 ).split("|")
 
 
@@ -515,23 +515,6 @@ def test_workers_that_reach_max_requests_are_replaced_and_drop_no_request(
 
         assert together(8, work) == [[200] * 15] * 8
         assert server.log.count("Autorestarting worker") >= 4
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become nobody")
-def test_workers_that_become_nobody_make_the_file_that_they_write(
-    tmp_path: Path,
-) -> None:
-    folder = Path("/tmp") / f"nobody-{os.getpid()}"  # pytest's folders are its own
-    folder.mkdir()
-    try:
-        shutil.chown(folder, "nobody")
-        database = {"SERVICE_STORE_URL": f"sqlite:///{folder}/todo.db"}
-        with serve("--user", "nobody", SERVICE_SECRET_KEY=SECRET, **database) as server:
-            assert server("POST /todos", server.user("alice"), task="x").status == 201
-            assert {path.owner() for path in folder.iterdir()} == {"nobody"}
-            assert (folder / "todo.db").stat().st_mode & 0o777 == 0o600
-    finally:
-        shutil.rmtree(folder)
 
 
 # ---- An app of one's own, and the command line --------------------------------------
