@@ -32,15 +32,9 @@ import sys
 import threading
 import time
 import unicodedata
-from collections.abc import (
-    Callable,
-    Collection,
-    Iterable,
-    Iterator,
-    Mapping,
-    MutableMapping,
-)
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import date as Date
 from datetime import time as Time
@@ -51,7 +45,7 @@ from importlib.util import find_spec
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from select import select
+from selectors import EVENT_READ, DefaultSelector
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote, unquote_to_bytes
 from uuid import UUID
@@ -85,7 +79,7 @@ Clock = Callable[[], float]  # the time in seconds since 1970; tests pass their 
 class Settings:
     """What an operator chooses. ValueError, in one line, names what cannot be."""
 
-    secret_key: str = field(default="", repr=False)  # the first signs, all verify
+    secret_key: str = field(default="", repr=False)  # of several, the first signs
     store_url: str = field(default="memory:", repr=False)
     access_ttl: int = 900  # seconds
     refresh_ttl: int = 86_400  # seconds from login to login, whatever is refreshed
@@ -93,94 +87,89 @@ class Settings:
     signup: str = "open"
     issuer: str = "http://localhost:5000"
     audience: str = ""  # the issuer unless given
-    signing_key_file: str = ""  # the first signs access tokens, all are published
+    signing_key_file: str = ""  # of several, the first signs access tokens
     cors_origins: str = ""
     max_body: int = 65_536  # bytes
     max_items: int = 10_000  # of one resource, a user
     proxies: int = 0
 
     def __post_init__(self) -> None:
-        secrets_given = comma_list(self.secret_key)
-        origins = comma_list(self.cors_origins)
+        keys, origins = comma_list(self.secret_key), self.origins
+        in_memory = self.store_url == "memory:"
+        databases = "sqlite:///(?!:).|postgresql://."
         rules = [
             (
-                "secret_key",
-                "32 bytes or more (openssl rand -hex 32 prints such), or several",
-                all(len(key.encode()) >= 32 for key in secrets_given)
-                and bool(secrets_given) == bool(self.secret_key),
+                all(len(key.encode()) >= 32 for key in keys),
+                "SECRET_KEY must have 32 bytes or more, as openssl rand -hex 32 prints",
             ),
             (
-                "secret_key",
-                "set for a store that lasts: openssl rand -hex 32 prints one",
-                bool(secrets_given) or self.store_url == "memory:",
+                keys or (in_memory and not self.secret_key),
+                "SECRET_KEY must be set for a store that lasts: openssl rand -hex 32",
             ),
             (
-                "store_url",
-                "memory:, sqlite:///todo.db or postgresql://user:password@host/name",
-                self.store_url == "memory:"
-                or re.match("(sqlite:///(?!:)|postgresql://).", self.store_url),
+                in_memory or re.match(databases, self.store_url),
+                "STORE_URL must be memory:, sqlite:///todo.db"
+                " or postgresql://user:password@host/name",
             ),
-            ("access_ttl", "seconds, such as 900", 0 < self.access_ttl < 10**6),
-            ("refresh_ttl", "seconds, such as 86400", 0 < self.refresh_ttl < 10**8),
-            ("refresh_grace", "seconds, such as 30", 0 <= self.refresh_grace < 1000),
-            ("signup", "open or closed", self.signup in ("open", "closed")),
+            (0 < self.access_ttl < 10**6, "ACCESS_TTL must be seconds such as 900"),
+            (0 < self.refresh_ttl < 10**8, "REFRESH_TTL must be seconds such as 86400"),
             (
-                "issuer",
-                "the URL that clients use, such as https://todo.example",
+                0 <= self.refresh_grace < 1000,
+                "REFRESH_GRACE must be seconds such as 30",
+            ),
+            (self.signup in ("open", "closed"), "SIGNUP must be open or closed"),
+            (
                 re.fullmatch(r'https?://[^\s?#,"\\]{1,200}', self.issuer),
+                "ISSUER must be the URL that clients use, such as https://todo.example",
             ),
             (
-                "audience",
-                "a name such as https://todo.example, or several",
-                re.fullmatch(r"[!#-\[\]-~ ]{0,1000}", self.audience),
+                re.fullmatch(r"[ !#-\[\]-~]{0,1000}", self.audience),
+                "AUDIENCE must be a name such as https://todo.example, or several",
             ),
             (
-                "cors_origins",
-                "* or origins such as https://app.example:8443",
                 origins == ["*"] or all(map(normal_origin, origins)),
+                "CORS_ORIGINS must be * or origins such as https://app.example:8443",
             ),
-            ("max_body", "bytes, such as 65536", 100 <= self.max_body < 10**9),
-            ("max_items", "a number, such as 10000", 0 < self.max_items < 10**7),
-            ("proxies", "the number of proxies in front", 0 <= self.proxies < 10),
+            (100 <= self.max_body < 10**9, "MAX_BODY must be bytes such as 65536"),
+            (0 < self.max_items < 10**7, "MAX_ITEMS must be a number such as 10000"),
+            (
+                0 <= self.proxies < 10,
+                "PROXIES must be how many are in front, such as 1",
+            ),
         ]
-        for name, right, is_good in rules:
+        for is_good, rule in rules:
             if not is_good:
-                is_secret = name in ("secret_key", "store_url")
-                found = "" if is_secret else f", not {getattr(self, name)!r}"
-                raise ValueError(f"SERVICE_{name.upper()} must be {right}{found}")
+                raise ValueError(f"SERVICE_{rule}")
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] = os.environ) -> Settings:
         """SERVICE_ACCESS_TTL=60 sets access_ttl; an empty variable counts as none."""
         given: dict[str, Any] = {}
         for setting in fields(cls):
-            variable = f"SERVICE_{setting.name.upper()}"
-            text = environ.get(variable, "")
-            if not text.isprintable():  # nor would it be UTF-8 in every case
-                raise ValueError(f"{variable} must be printable text in UTF-8")
-            if text and isinstance(setting.default, int):
-                given[setting.name] = whole_number(variable, text)
-            elif text:
-                given[setting.name] = text
+            name = f"SERVICE_{setting.name.upper()}"
+            example: Any = setting.default
+            text = environ.get(name, "")
+            if not text.isprintable():  # which also is what was no UTF-8
+                raise ValueError(f"{name} must be printable UTF-8, such as {example!r}")
+            if text:
+                is_number = isinstance(example, int)
+                given[setting.name] = number(name, text, example) if is_number else text
         return cls(**given)
 
     @property
     def origins(self) -> list[str]:
         """The origins whose pages may use the service, or ["*"]."""
-        return [normal_origin(each) or each for each in comma_list(self.cors_origins)]
+        return [normal_origin(text) or text for text in comma_list(self.cors_origins)]
 
 
-def port_from(environ: Mapping[str, str] = os.environ) -> int:
-    """PORT, 5000 if it is not set; ValueError for what is no port."""
-    port = whole_number("PORT", environ.get("PORT") or "5000")
-    if not 0 < port < 65536:
-        raise ValueError(f"PORT must be 1 to 65535, such as 5000, not {port}")
-    return port
+def port(environ: Mapping[str, str] = os.environ) -> int:
+    """PORT, by which hosts say where to listen; 5000 without it."""
+    return number("PORT", environ.get("PORT") or "5000", 5000, most=65535)
 
 
-def whole_number(variable: str, text: str) -> int:
-    if not re.fullmatch("[0-9]{1,9}", text):
-        raise ValueError(f"{variable} must be a whole number, not {text!r}")
+def number(variable: str, text: str, example: int, most: int = 999_999_999) -> int:
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) > most:
+        raise ValueError(f"{variable} must be a number such as {example}, not {text!r}")
     return int(text)
 
 
@@ -190,13 +179,13 @@ def normal_origin(text: str) -> str:
     >>> normal_origin("https://App.Example:443")
     'https://app.example'
     """
-    host = r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\]"
-    form = re.fullmatch(rf"(https?)://({host})(:[1-9][0-9]{{0,4}})?/?", text.lower())
-    if not form or int((form[3] or ":1")[1:]) > 65535:
+    pattern = r"(https?)://([a-z0-9_-]+(?:\.[a-z0-9_-]+)*)(:[1-9][0-9]{0,4})?/?"
+    form = re.fullmatch(pattern, text.lower())
+    if not form:
         return ""
-    scheme, name, port = form.groups("")
-    default = {"http": ":80", "https": ":443"}[scheme]
-    return f"{scheme}://{name}{'' if port == default else port}"
+    scheme, host, port = form.groups("")
+    is_default = (scheme, port) in (("http", ":80"), ("https", ":443"))
+    return f"{scheme}://{host}{'' if is_default else port}"
 
 
 def comma_list(text: str) -> list[str]:
@@ -212,10 +201,7 @@ class Refusal(http.BadRequest):
     """400 with a body of its own, such as {"message": {"task": "Must be text"}}."""
 
     def __init__(self, **data: Any) -> None:
-        message = data.get("message", "")
-        if isinstance(message, dict):
-            message = "; ".join(f"{name}: {text}" for name, text in message.items())
-        super().__init__(message)
+        super().__init__(str(data.get("message", "")))
         self.data = data
 
 
@@ -225,17 +211,6 @@ class InvalidToken(http.Unauthorized):
 
 class WrongPassword(Refusal):
     """400 for somebody who is logged in, invalid_grant for somebody who logs in."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(message={"password": text})
-        self.description = text
-
-
-class StoreDown(http.ServiceUnavailable):
-    """The store does not answer now."""
-
-    def __init__(self) -> None:
-        super().__init__("The store does not answer", retry_after=1)
 
 
 # ---- Arguments ---------------------------------------------------------------------
@@ -255,8 +230,6 @@ PLACES = {  # a part of the request, and what an error calls it
 BODY = ("json", "form")
 MISSING: Any = object()
 
-Read = Callable[[str], Any]  # gives a part of the request by its name in PLACES
-
 
 class Namespace(dict[str, Any]):
     """Parsed arguments: a dict whose keys are attributes too."""
@@ -270,7 +243,7 @@ class Namespace(dict[str, Any]):
 
 
 class RequestParser:
-    """Takes arguments out of any Werkzeug request, in place of flask-restful's reqparse.
+    """Takes arguments out of any Werkzeug request, as flask-restful's reqparse does.
 
     >>> from werkzeug.test import EnvironBuilder
     >>> parser = RequestParser().add_argument("task").add_argument("rank", type=int)
@@ -293,21 +266,21 @@ class RequestParser:
         return self
 
     def replace_argument(self, name: str, **options: Any) -> RequestParser:
-        """Put a new argument in the place of the one of that name, else KeyError."""
-        self.args[self._index(name)] = Argument(name, **options)
+        """Put a new argument in the place of the one of that name."""
+        new = Argument(name, **options)
+        self.args = [new if each.name == name else each for each in self.args]
         return self
 
     def remove_argument(self, name: str) -> RequestParser:
-        """Take out the argument of that name, else KeyError."""
-        del self.args[self._index(name)]
+        """Take out the argument of that name."""
+        self.args = [each for each in self.args if each.name != name]
         return self
-
-    def _index(self, name: str) -> int:
-        return {argument.name: index for index, argument in enumerate(self.args)}[name]
 
     def copy(self) -> RequestParser:
         """An independent parser with the same arguments and options."""
-        return parser_of(*self.args, trim=self.trim, bundle_errors=self.bundle_errors)
+        parser = copy.copy(self)
+        parser.args = list(self.args)
+        return parser
 
     def parse_args(
         self, request: werkzeug.Request, strict: bool = False, partial: bool = False
@@ -320,40 +293,38 @@ class RequestParser:
         Raises BadRequest with data {"message": {name: text}}, or {"message": text} for
         a body that cannot be read.
         """
-        return self.parse(
-            cache(lambda place: read_place(request, place)), strict, partial
-        )
+        return self.parse(cache(lambda place: read(request, place)), strict, partial)
 
     def parse(
-        self, read: Read, strict: bool = False, partial: bool = False
+        self, part: Callable[[str], Any], strict: bool = False, partial: bool = False
     ) -> Namespace:
-        """What parse_args gives, of the parts that read gives."""
-        values, errors = Namespace(), {}
+        """What parse_args gives, of what part gives of each place."""
+        values, errors = Namespace(), dict[str, str]()
         if strict:
             known = {(place, each.name) for each in self.args for place in each.places}
             for place in ("json", "form", "files", "args"):
-                unknown = [name for name in read(place) if (place, name) not in known]
+                unknown = [name for name in part(place) if (place, name) not in known]
                 errors |= dict.fromkeys(unknown, "Unknown argument")
-        for argument in self.args:
-            name = argument.dest or argument.name
+        for each in self.args:
             try:
-                value = argument.parse(read, self.trim, partial)
+                value = each.parse(part, self.trim, partial)
             except ValueError as error:
-                help = argument.help or "{error_msg}"
-                errors[argument.name] = help.replace("{error_msg}", str(error))
+                text = each.help or "{error_msg}"
+                errors[each.name] = text.replace("{error_msg}", str(error))
                 if not self.bundle_errors:
                     break
             else:
-                if value is not MISSING:
+                name = each.dest or each.name
+                if value is MISSING and each.store_missing and not partial:
+                    values.setdefault(name, each.make_default())
+                elif value is not MISSING:
                     values[name] = value
-                elif argument.store_missing and name not in values and not partial:
-                    values[name] = argument.make_default()
         if errors:
             raise Refusal(message=errors)
         return values
 
 
-@dataclass(frozen=True)
+@dataclass
 class Argument:
     """One argument: where it is looked for, how it is converted, what is without it.
 
@@ -380,26 +351,27 @@ class Argument:
     trim: bool | None = None  # None: what the parser says
     store_missing: bool = True
     case_sensitive: bool = True  # if not, values and choices are lowered
+    is_kept: bool = False  # in an item, which can hold what JSON can
 
     def __post_init__(self) -> None:
-        if not set(self.places) <= PLACES.keys():
-            right = f"{', '.join(PLACES)} or values"
-            raise ValueError(f"{self.name}: no location {self.location!r}, but {right}")
-        if self.action not in ("store", "append", "split"):
-            right = "store, append or split"
-            raise ValueError(f"{self.name}: no action {self.action!r}, but {right}")
-        if not callable(self.type):
-            raise TypeError(f"{self.name}: a type is a function, not {self.type!r}")
-
-    @cached_property
-    def places(self) -> list[str]:
         given = [self.location] if isinstance(self.location, str) else self.location
-        return " ".join(given).replace("values", "args form").split()
+        self.places = " ".join(given).replace("values", "args form").split()
+        if not set(self.places) <= PLACES.keys():
+            raise ValueError(
+                f"{self.name}: locations are {', '.join(PLACES)} and values"
+            )
+        if self.action not in ("store", "append", "split") or not callable(self.type):
+            right = "actions are store, append and split; a type is a function"
+            raise ValueError(f"{self.name}: {right}")
+        if not isinstance(self.choices, range):
+            self.choices = [self.lowered(each) for each in self.choices]
 
-    def parse(self, read: Read, trim: bool = False, partial: bool = False) -> Any:
+    def parse(
+        self, part: Callable[[str], Any], trim: bool = False, partial: bool = False
+    ) -> Any:
         """The value, or the list of values, or MISSING; ValueError for the sender."""
         for place in self.places:
-            source = read(place)
+            source = part(place)
             if self.name in source:
                 break
         else:
@@ -409,9 +381,9 @@ class Argument:
             return MISSING
         is_json = place == "json"
         values = [source[self.name]] if is_json else source.getlist(self.name)
-        trim = trim if self.trim is None else self.trim
         if values == [None] and self.nullable is None and not self.required:
-            return self.make_default()
+            return self.make_default() if partial else MISSING
+        trim = trim if self.trim is None else self.trim
         if self.action == "store" or values == [None]:
             return self.convert(values[0], trim)
         if isinstance(values[0], list):
@@ -430,12 +402,14 @@ class Argument:
             if not self.nullable:
                 raise ValueError("Must not be null!")
             return None
-        if isinstance(value, str):
-            value = value.strip() if trim else value
-            value = value if self.case_sensitive else value.lower()
+        value = self.lowered(
+            value.strip() if trim and isinstance(value, str) else value
+        )
         try:
-            is_kind = isinstance(self.type, type) and self.type in KINDS
-            value = strict(self.type, value) if is_kind else self.type(value)
+            is_strict = isinstance(self.type, type) and self.type in KINDS
+            value = strict(self.type, value) if is_strict else self.type(value)
+            if self.is_kept:
+                (value if isinstance(value, str) else to_json(value)).encode()
         except ValueError as error:
             raise ValueError(str(error) or "Invalid value") from None
         except (
@@ -446,34 +420,27 @@ class Argument:
             RecursionError,
         ):
             raise ValueError("Invalid value") from None
-        if self.choices and value not in self.known_choices:
-            raise ValueError(f"{value} is not a valid choice: use {self.choices_text}")
+        if self.choices and value not in self.choices:
+            right = ", ".join(map(str, self.choices))
+            raise ValueError(f"{value} is not a valid choice: use {right}")
         return value
 
-    @cached_property
-    def known_choices(self) -> Collection[Any]:
-        if self.case_sensitive:
-            return self.choices
-        return [
-            each.lower() if isinstance(each, str) else each for each in self.choices
-        ]
-
-    @property
-    def choices_text(self) -> str:
-        if isinstance(self.choices, range):
-            return f"{self.choices[0]:,} to {self.choices[-1]:,}"
-        return ", ".join(map(str, self.known_choices))
+    def lowered(self, value: Any) -> Any:
+        is_text = isinstance(value, str) and not self.case_sensitive
+        return value.lower() if is_text else value
 
     @property
     def schema(self) -> dict[str, Any]:
         """What one value must be, or a list of them, as JSON Schema."""
-        schema = dict(getattr(self.type, "__schema__", {}))
-        if isinstance(self.type, type) and self.type in KINDS:
-            schema = dict(KINDS[self.type][0])
+        is_kind = isinstance(self.type, type) and self.type in KINDS
+        described = (
+            KINDS[self.type][0] if is_kind else getattr(self.type, "__schema__", {})
+        )
+        schema = dict(described)
         if isinstance(self.choices, range):
             schema |= {"minimum": self.choices[0], "maximum": self.choices[-1]}
         elif self.choices:
-            schema["enum"] = list(self.known_choices)
+            schema["enum"] = list(self.choices)
         if self.action != "store":
             schema = {"type": "array", "items": schema}
         return schema | ({"description": self.help} if self.help else {})
@@ -489,27 +456,35 @@ KINDS: dict[Any, tuple[dict[str, Any], str]] = {  # JSON Schema, and what an err
     Decimal: ({"type": "string", "format": "decimal"}, "a decimal number"),
     FileStorage: ({"type": "string", "format": "binary"}, "a file"),
 }
-SWITCH = {"true": True, "1": True, "on": True, "false": False, "0": False, "off": False}
-NUMBER = r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,3})?"
+BOOLEANS = {
+    "true": True,
+    "1": True,
+    "on": True,
+    "false": False,
+    "0": False,
+    "off": False,
+}
+DIGITS = re.compile(r"[+-]?[0-9]{1,4300}")
+DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 
 
 def strict(kind: Any, value: Any) -> Any:
     """A value of a type in KINDS, without the surprises of calling it: bool("False")."""
     text = getattr(value, "text", str(value)).strip()
-    if kind is str and isinstance(value, FileStorage):
-        return value  # an upload is itself, unless a type is given
+    if isinstance(value, FileStorage if kind in (str, FileStorage) else ()):
+        return value  # an upload is itself, unless another type is given
     if kind is str and not isinstance(value, bool | list | dict):
-        str(value).encode()  # half of a surrogate pair cannot be
+        str(value).encode()  # ValueError for half of a surrogate pair
         return str(value)
-    if kind is int and re.fullmatch(r"[+-]?[0-9]{1,4300}(\.0)?", text):
-        return int(text.removesuffix(".0"))
-    if kind is float and re.fullmatch(NUMBER, text) and math.isfinite(float(text)):
-        return float(text)
-    if kind is Decimal and re.fullmatch(NUMBER, text):
+    if kind is int and DIGITS.fullmatch(text):
+        return int(text)
+    if kind is Decimal and DECIMAL.fullmatch(text):
         return Decimal(text)
-    if kind is bool and text.lower() in SWITCH:
-        return SWITCH[text.lower()]
-    if kind in (list, dict, FileStorage) and isinstance(value, kind):
+    if kind is float and DECIMAL.fullmatch(text) and math.isfinite(float(text)):
+        return float(text)
+    if kind is bool and text.lower() in BOOLEANS:
+        return BOOLEANS[text.lower()]
+    if kind in (list, dict) and isinstance(value, kind):
         return value
     raise ValueError(f"Must be {KINDS[kind][1]}")
 
@@ -523,7 +498,7 @@ class Number(float):
         self.text = text
 
 
-def read_place(request: werkzeug.Request, place: str) -> Any:
+def read(request: werkzeug.Request, place: str) -> Any:
     """One part of the request; of JSON the object in the body, {} if there is none.
 
     Raises BadRequest for what is not UTF-8, and for what is not strict JSON (RFC 8259,
@@ -532,49 +507,37 @@ def read_place(request: werkzeug.Request, place: str) -> Any:
     """
     if place == "json":
         return read_json(request.get_data()) if request.is_json else {}
-    if place == "args":
-        check_utf8(unquote_to_bytes(request.query_string), "query string")
+    raw = request.query_string if place == "args" else b""
     if place == "form":
-        body = request.get_data()  # before Werkzeug reads it, and forgets the bytes
-        if request.mimetype == "application/x-www-form-urlencoded":
-            check_utf8(unquote_to_bytes(body), "form")
-        for text in (text for pair in request.form.items(multi=True) for text in pair):
-            # Werkzeug writes U+FFFD for what it cannot decode in a multipart form.
-            if "\ufffd" in text and text.encode() not in unquote_to_bytes(body):
-                check_utf8(body, "form")
-    return getattr(request, place)
-
-
-def check_utf8(data: bytes, what: str) -> None:
+        raw = request.get_data()  # before Werkzeug decodes it, and forgets the bytes
+        if request.mimetype == "multipart/form-data":
+            texts = [text for pair in request.form.items(multi=True) for text in pair]
+            # What it cannot decode it makes U+FFFD, which was not sent then.
+            lost = [text for text in texts if text and "\ufffd" in text]
+            raw = b"\xff" if any(text.encode() not in raw for text in lost) else b""
     try:
-        data.decode()
+        unquote_to_bytes(raw).decode()
     except UnicodeDecodeError:
-        raise Refusal(message=f"The {what} is not UTF-8: send it in UTF-8") from None
+        raise Refusal(message=f"T{PLACES[place][1:]} must be in UTF-8") from None
+    return getattr(request, place)
 
 
 def read_json(body: bytes) -> dict[str, Any]:
     """The object that a body holds, {} if it is empty; a BOM is read over."""
-    read = partial(
-        json.loads,
-        parse_float=Number,
-        parse_constant=Number,
-        object_pairs_hook=unique_members,
-    )
     try:
-        value = read(body.decode("utf-8-sig") or "{}")
-        to_json(value).encode()
-    except UnicodeError:
-        raise Refusal(message=f"{UNREADABLE}: it is not all UTF-8") from None
-    except RecursionError:
-        raise Refusal(message=f"{UNREADABLE}: it nests too deep") from None
-    except ValueError as error:
-        raise Refusal(message=f"{UNREADABLE}: {error}") from None
+        value = json.loads(
+            body.decode("utf-8-sig") or "{}",
+            parse_float=Number,
+            parse_constant=Number,
+            object_pairs_hook=unique_members,
+        )
+        if b"\\u" in body:
+            to_json(value).encode()  # half of a surrogate pair cannot be
+    except (ValueError, RecursionError) as error:
+        raise Refusal(message=f"The JSON body could not be read: {error}") from None
     if not isinstance(value, dict):
         raise Refusal(message="The JSON body must be an object")
     return value
-
-
-UNREADABLE = "The JSON body could not be read"
 
 
 def unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -594,7 +557,7 @@ def as_text(value: Any) -> str:
         return value.isoformat()
     if isinstance(value, UUID | Decimal):
         return str(value)
-    raise ValueError(f"{type(value).__name__} is nothing that JSON can hold")
+    raise ValueError(f"JSON can hold no {type(value).__name__}")
 
 
 @dataclass(frozen=True)
@@ -627,22 +590,22 @@ class Text:
 
 
 def date(value: Any) -> Date:
-    """A type: a day of the calendar, written as RFC 3339 does.
+    """A type: a day of the calendar, as RFC 3339 writes it.
 
     >>> date("2030-01-31")
     datetime.date(2030, 1, 31)
     """
-    with suppress(ValueError):
-        if re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", str(value)):
-            return Date.fromisoformat(value)
-    raise ValueError("Must be a date such as 2030-01-31")
+    if not re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", str(value)):
+        raise ValueError("Must be a date such as 2030-01-31")
+    return Date.fromisoformat(value)
 
 
 date.__schema__ = {"type": "string", "format": "date"}  # type: ignore[attr-defined]
 
 
-def parser_of(*arguments: Argument, **options: bool) -> RequestParser:
-    parser = RequestParser(**{"bundle_errors": True} | options)
+def parser_of(*arguments: Argument) -> RequestParser:
+    """A parser that reports all errors at once."""
+    parser = RequestParser(bundle_errors=True)
     parser.args.extend(arguments)
     return parser
 
@@ -668,29 +631,35 @@ class Resource:
     ) -> None:
         for word in (name, item):
             if not re.fullmatch("[a-z][a-z-]{0,20}", word) or word in RESERVED:
-                right = "lower-case words such as notes and note can"
-                raise ValueError(
-                    f"{word!r} cannot name a resource or its items; {right}"
-                )
+                right = "words such as notes and note can"
+                raise ValueError(f"{word!r} cannot name a resource or item; {right}")
         if shared and starter:
-            raise ValueError(
-                f"{name} is shared: no account begins with a starter of it"
-            )
+            raise ValueError(f"{name} is shared, so no account begins with some")
         self.name, self.item, self.shared = name, item, shared
-        self.parser = parser_of(*(replace(each, location=BODY) for each in arguments))
+        self.parser = parser_of(
+            *(replace(each, location=BODY, is_kept=True) for each in arguments)
+        )
         self.starter = {}
-        for id, values in (starter or {}).items():
+        for id, given in (starter or {}).items():
             try:
-                read = {"json": values, "form": {}, "files": {}, "args": {}}.__getitem__
-                self.starter[id] = self.parser.parse(read, strict=True)
-                to_json(self.starter[id])
-            except (http.BadRequest, ValueError) as error:
+                part = defaultdict[str, Any](dict, json=given).__getitem__
+                self.starter[id] = self.parser.parse(part, strict=True)
+            except http.BadRequest as error:
                 raise ValueError(
                     f"starter {id!r} of {name} cannot be: {error}"
                 ) from None
 
 
-RESERVED = ("account", "sessions", "counters", "users", "token", "revoke", "health")
+RESERVED = (
+    "account",
+    "sessions",
+    "counters",
+    "users",
+    "token",
+    "revoke",
+    "docs",
+    "health",
+)
 TODOS = {
     "todo1": {"task": "build an API"},
     "todo2": {"task": "?????"},
@@ -823,9 +792,9 @@ def load(text: str) -> dict[str, Any]:
     raise store_down("a row holds no JSON object")
 
 
-def store_down(reason: object) -> StoreDown:
+def store_down(reason: object) -> http.ServiceUnavailable:
     log.error("store: %s", str(reason).partition("\n")[0])  # the rest may quote users
-    return StoreDown()
+    return http.ServiceUnavailable("The store does not answer", retry_after=1)
 
 
 class MemoryStore:
@@ -915,7 +884,10 @@ class SQLiteStore:
     ValueError for a file whose folder is not there.
     """
 
-    begin = ("BEGIN IMMEDIATE", CLAIM)  # and the owner's row is nobody else's
+    begin: tuple[str, ...] = (
+        "BEGIN IMMEDIATE",
+        CLAIM,
+    )  # and the owner's row is nobody else's
     errors: type[Exception] = sqlite3.Error
 
     def __init__(self, path: str) -> None:
@@ -929,7 +901,7 @@ class SQLiteStore:
     def read(self, owner: str, query: Query = EVERYTHING) -> Data:
         """A snapshot of what the owner has."""
         with self._connection() as connection:
-            return Data(partial(self._select, connection, owner), query)
+            return Data(partial(self._select, connection, owner, []), query)
 
     @contextmanager
     def write(self, owner: str, query: Query = EVERYTHING) -> Iterator[Data]:
@@ -939,9 +911,9 @@ class SQLiteStore:
         """
         mine = {"owner": owner}
         with self._connection() as connection:
+            begin: list[Statement] = [(sql, mine) for sql in self.begin]
             try:
-                self.run(connection, [(sql, mine) for sql in self.begin])
-                data = Data(partial(self._select, connection, owner), query)
+                data = Data(partial(self._select, connection, owner, begin), query)
                 yield data
                 document, rows = data.changes()
                 end: list[Statement] = [(CLEAR, mine)] if data.is_cleared else []
@@ -955,11 +927,14 @@ class SQLiteStore:
                 connection.rollback()
                 raise
 
-    def _select(self, connection: Any, owner: str, query: Query) -> list[Row]:
+    def _select(
+        self, connection: Any, owner: str, begin: list[Statement], query: Query
+    ) -> list[Row]:
         kind = "item" if query.id else "page" if query.resource else "everything"
         sql = SELECTS[kind if query.limit else "nothing"]
-        rows = self.run(connection, [(sql, {"owner": owner, **query._asdict()})])
-        return [Row(*row) for row in rows] or [NOBODY]
+        statements = [*begin, (sql, {"owner": owner, **query._asdict()})]
+        begin.clear()  # it goes with the first select, in one round trip
+        return [Row(*row) for row in self.run(connection, statements)] or [NOBODY]
 
     @contextmanager
     def _connection(self) -> Iterator[Any]:
@@ -1022,7 +997,8 @@ class SQLiteStore:
 
     def run(self, connection: Any, statements: list[Statement]) -> list[Any]:
         """Run the statements, and give the rows of the last."""
-        return [connection.execute(*each) for each in statements][-1].fetchall()
+        cursors = [connection.execute(*each) for each in statements]
+        return list(cursors[-1].fetchall())
 
 
 class PostgresStore(SQLiteStore):
@@ -1041,8 +1017,10 @@ class PostgresStore(SQLiteStore):
             right = "pip install 'psycopg[binary]'"
             raise ValueError(f"SERVICE_STORE_URL needs psycopg: {right}") from None
         self.errors, self._pools = psycopg.Error, {}
-        self._url = url
         try:
+            self._options = PATIENCE | psycopg.conninfo.conninfo_to_dict(url)
+            if "@" in str(self._options.get("host")):  # which a password left there
+                raise psycopg.ProgrammingError
             self.connect().close()
         except psycopg.OperationalError as error:
             store_down(error)
@@ -1056,8 +1034,7 @@ class PostgresStore(SQLiteStore):
     def connect(self) -> Any:
         import psycopg
 
-        options = psycopg.conninfo.conninfo_to_dict(self._url)
-        connection = psycopg.connect(**PATIENCE | options, autocommit=True)
+        connection: Any = psycopg.connect(**self._options, autocommit=True)
         try:
             pid, encoding, has_tables = connection.execute(SET_UP).fetchone()[:3]
             if encoding != "UTF8":
@@ -1073,7 +1050,9 @@ class PostgresStore(SQLiteStore):
 
     def is_alive(self, connection: Any) -> bool:
         """A server that speaks unasked has said goodbye."""
-        return not select([connection], [], [], 0)[0]
+        with DefaultSelector() as selector:
+            selector.register(connection, EVENT_READ)
+            return not selector.select(timeout=0)
 
     def run(self, connection: Any, statements: list[Statement]) -> list[Any]:
         """Run the statements in one round trip, and give the rows of the last."""
@@ -1084,7 +1063,7 @@ class PostgresStore(SQLiteStore):
         return cursors[-1].fetchall() if cursors[-1].description else []
 
 
-PATIENCE = {
+PATIENCE: dict[str, Any] = {
     "connect_timeout": 2,
     "tcp_user_timeout": 10_000,
     "keepalives_idle": 10,
@@ -1119,26 +1098,13 @@ def open_store(url: str) -> MemoryStore | SQLiteStore:
 # PyJWT's business; time is checked here, by the one clock.
 
 ACCESS, REFRESH = "at+jwt", "rt+jwt"
-CLAIMS: dict[str, dict[str, type]] = {  # what a token of each kind must hold
-    ACCESS: {
-        "iss": str,
-        "sub": str,
-        "aud": list,
-        "exp": int,
-        "iat": int,
-        "jti": str,
-        "sid": str,
-    },
-    REFRESH: {"iss": str, "sub": str, "sid": str, "gen": int, "exp": int},
+REQUIRED = {
+    ACCESS: ("iss", "sub", "sid", "exp", "aud", "iat", "jti"),
+    REFRESH: ("iss", "sub", "sid", "exp", "gen"),
 }
-JWT = jwt.PyJWT(
-    {
-        "enforce_minimum_key_length": True,
-        "verify_exp": False,
-        "verify_iat": False,
-        "verify_nbf": False,
-    }
-)
+KIND_OF_CLAIM = {"exp": int, "iat": int, "gen": int, "aud": list}  # all others are text
+OPTIONS: Any = {"verify_exp": False, "verify_iat": False, "verify_nbf": False}
+JWT = jwt.PyJWT(OPTIONS | {"enforce_minimum_key_length": True})
 THUMBPRINT = {  # of a key of each public algorithm: the members that RFC 7638 takes
     "EdDSA": ("crv", "kty", "x"),
     "ES256": ("crv", "kty", "x", "y"),
@@ -1159,11 +1125,11 @@ def secret_key(text: str) -> jwt.PyJWK:
 def signing_key(path: str) -> tuple[jwt.PyJWK, dict[str, str]]:
     """The private key in a PEM file, and its public side as a JWK (RFC 7517).
 
-    Ed25519, P-256, or RSA of 2048 bits or more, made by openssl genpkey, unencrypted.
+    Ed25519, P-256, or RSA of 2048 bits or more, unencrypted; else ValueError.
     """
     if not jwt.algorithms.has_crypto:
-        right = "cryptography: pip install cryptography"
-        raise ValueError(f"SERVICE_SIGNING_KEY_FILE needs {right}")
+        right = "pip install cryptography"
+        raise ValueError(f"SERVICE_SIGNING_KEY_FILE needs cryptography: {right}")
     for name, members in THUMBPRINT.items():
         with suppress(jwt.PyJWTError, OSError, TypeError, ValueError):
             algorithm = jwt.get_algorithm_by_name(name)
@@ -1172,13 +1138,11 @@ def signing_key(path: str) -> tuple[jwt.PyJWK, dict[str, str]]:
             public = {member: jwk[member] for member in members}
             is_weak = algorithm.check_key_length(private) or jwk.get("crv") == "Ed448"
             if "d" in jwk and not is_weak:
-                digest = hashlib.sha256(
-                    json.dumps(public, separators=(",", ":")).encode()
-                )
-                kid = base64url_encode(digest.digest()).decode()
+                text = json.dumps(public, separators=(",", ":")).encode()
+                kid = base64url_encode(hashlib.sha256(text).digest()).decode()
                 names = {"kid": kid, "alg": name, "use": "sig"}
                 return jwt.PyJWK(jwk | names), public | names
-    right = "PEM files with an Ed25519, P-256 or RSA (2048 bits) private key"
+    right = "PEM files of private keys: Ed25519, P-256 or RSA of 2048 bits"
     raise ValueError(f"SERVICE_SIGNING_KEY_FILE must be {right}, not {path!r}")
 
 
@@ -1195,33 +1159,33 @@ class Tokens:
         self._audience = comma_list(settings.audience) or [settings.issuer]
         secret = [secret_key(text) for text in comma_list(settings.secret_key)]
         pairs = [signing_key(path) for path in comma_list(settings.signing_key_file)]
-        self.jwks = {"keys": [public for _, public in pairs]}
-        access = [private for private, _ in pairs] or secret
-        self._signing = {ACCESS: access, REFRESH: secret}
+        public = {jwk["kid"]: jwk for _, jwk in pairs}
+        self.jwks = {"keys": list(public.values())}
+        self._signing = {ACCESS: [key for key, _ in pairs] or secret, REFRESH: secret}
+        access = [jwt.PyJWK(jwk) for jwk in public.values()] or secret
         self._find_key = {ACCESS: find_key or by_kid(access), REFRESH: by_kid(secret)}
         self._remembered = lru_cache(maxsize=10_000)(self._verify)  # takes 50 to 160 µs
 
-    def pair(
-        self, user: str, roles: list[str], sid: str, session: Any
-    ) -> dict[str, Any]:
+    def pair(self, user: str, roles: list[str], sid: str, session: Claims) -> Claims:
         """The answer of RFC 6749 §5.1: a new access token, the session's refresh token.
 
         The refresh token holds nothing random: one generation is always the same text.
         """
-        now, expires_at = int(self._clock()), session["expires_at"]
-        exp = min(now + self._settings.access_ttl, expires_at)
+        now, ends = int(self._clock()), session["expires_at"]
+        exp = min(now + self._settings.access_ttl, ends)
         common = {"iss": self._settings.issuer, "sub": user, "sid": sid}
         access = {"aud": self._audience, "exp": exp, "iat": now}
         access |= {"jti": secrets.token_urlsafe(12)} | (
             {"roles": roles} if roles else {}
         )
-        refresh = {"gen": session["gen"], "exp": expires_at}
         return {
             "access_token": self._sign(ACCESS, common | access),
             "token_type": "Bearer",
             "expires_in": exp - now,
-            "refresh_token": self._sign(REFRESH, common | refresh),
-            "refresh_expires_in": expires_at - now,
+            "refresh_token": self._sign(
+                REFRESH, common | {"gen": session["gen"], "exp": ends}
+            ),
+            "refresh_expires_in": ends - now,
         }
 
     def _sign(self, typ: str, claims: dict[str, Any]) -> str:
@@ -1232,12 +1196,10 @@ class Tokens:
 
     def verify(self, typ: str, token: str, even_expired: bool = False) -> Claims:
         """The claims of a token of ours. Raises InvalidToken."""
-        if len(token) > 4096:
-            raise InvalidToken("The token is longer than 4096 characters")
+        if len(token) > 4096 or "=" in token:
+            raise InvalidToken("The token is longer than 4096 characters, or padded")
         now = self._clock()
-        claims = self._remembered(
-            typ, token, now // 300
-        )  # 300 s: withdrawn keys must go
+        claims = self._remembered(typ, token, now // 300)  # withdrawn keys must go
         if claims["exp"] <= now and not even_expired:
             raise InvalidToken("The token has expired")
         return claims
@@ -1245,14 +1207,12 @@ class Tokens:
     def _verify(self, typ: str, token: str, period: float) -> Claims:
         try:
             header = jwt.get_unverified_header(token)
-            # Whatever else stands in a header (crit, jwk, jku) is a wish about verifying.
+            # Whatever else stands in it (crit, jwk, jku) is a wish about verifying.
             if header.keys() != {"alg", "typ", "kid"} or header["typ"] != typ:
                 raise InvalidToken("The token is of another kind than belongs here")
-            key = self._find_key[typ](header["kid"])
             claims = JWT.decode(
                 token,
-                key,
-                [key.algorithm_name],
+                self._find_key[typ](header["kid"]),
                 issuer=self._settings.issuer,
                 audience=self._audience if typ == ACCESS else None,
             )
@@ -1260,12 +1220,9 @@ class Tokens:
             raise InvalidToken(
                 "The token is malformed or was not signed here"
             ) from None
-        kinds = CLAIMS[typ].items()
-        if (
-            any(type(claims.get(name)) is not kind for name, kind in kinds)
-            or "=" in token
-        ):
-            raise InvalidToken("The token lacks a claim, or has one of the wrong type")
+        for name in REQUIRED[typ]:
+            if type(claims.get(name)) is not KIND_OF_CLAIM.get(name, str):
+                raise InvalidToken(f"The token has no {name} as it must be")
         if not claims["sub"].isprintable() or not claims["sub"]:
             raise InvalidToken("The token names nobody")
         return claims
@@ -1284,7 +1241,7 @@ SESSIONS_A_USER = 20
 
 
 def open_session(data: Data, now: float, ttl: int) -> str:
-    """A new session's id. Dead sessions go; of too many, the longest not refreshed."""
+    """A new session's id. Dead ones go; of too many, the longest not renewed."""
     alive = [pair for pair in data["sessions"].items() if pair[1]["expires_at"] > now]
     alive.sort(key=lambda pair: pair[1]["rotated_at"])
     sid = secrets.token_urlsafe(12)
@@ -1332,8 +1289,8 @@ class Password(Text):
 
     def __call__(self, value: Any) -> str:
         text = Text(1, 4096)(value)  # composing more than that takes long
-        spaces = "".join(" " if unicodedata.category(c) == "Zs" else c for c in text)
-        return super().__call__(unicodedata.normalize("NFC", spaces))
+        spaces = {ord(c): " " for c in text if unicodedata.category(c) == "Zs"}
+        return super().__call__(unicodedata.normalize("NFC", text.translate(spaces)))
 
 
 class Passwords:
@@ -1343,19 +1300,19 @@ class Passwords:
     """
 
     def __init__(self, clock: Clock) -> None:
-        self._clock = clock
+        self._clock, self._lock = clock, threading.Lock()
         self._turns, self._places = threading.Semaphore(2), threading.Semaphore(18)
-        self._lock = threading.Lock()
         self._wrong: dict[tuple[str, str], tuple[int, float, int]] = {}
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
         """503 at once if 16 wait already, or once the wait takes 5 s."""
+        busy = http.ServiceUnavailable("Too many passwords to check", retry_after=5)
         if not self._places.acquire(blocking=False):
-            raise http.ServiceUnavailable(BUSY, retry_after=5)
+            raise busy
         try:
             if not self._turns.acquire(timeout=5):
-                raise http.ServiceUnavailable(BUSY, retry_after=5)
+                raise busy
             try:
                 yield
             finally:
@@ -1376,25 +1333,29 @@ class Passwords:
         """
         client = network(address)
         limits = {(client, name[:65]): 10, (client, ""): 100}
-        self._refuse_guesses(limits)  # before any waiting and hashing
+        self._refuse_guesses(limits, name, address)  # before any waiting
         with self._turn():
-            self._refuse_guesses(limits)  # whoever waited beside a wrong one
+            self._refuse_guesses(limits, name, address)  # meanwhile others were wrong
             is_right = check_password_hash(hash or NO_HASH, password) and bool(hash)
             with self._lock:
                 if is_right:
                     self._wrong.pop((client, name[:65]), None)
                 else:
                     self._count(limits)
+        if not is_right:
+            log_event("failed login", name, address)
         return is_right
 
-    def _refuse_guesses(self, keys: Iterable[tuple[str, str]]) -> None:
+    def _refuse_guesses(
+        self, keys: Iterable[tuple[str, str]], name: str, address: str
+    ) -> None:
         for key in keys:
-            count, since, wait = self._wrong.get(key, (0, 0, 0))
-            passed = self._clock() - since
-            if 0 <= passed < wait:  # a clock that was put back ends the wait
-                seconds = math.ceil(wait - passed)
-                text = f"Too many wrong passwords: try again in {seconds} s"
-                raise http.TooManyRequests(text, retry_after=seconds)
+            _, since, wait = self._wrong.get(key, (0, 0, 0))
+            left = math.ceil(since + wait - self._clock())
+            if 0 < left <= wait:  # if not, the clock was put back
+                log_event("throttled", name, address)
+                text = f"Too many wrong passwords: try again in {left} s"
+                raise http.TooManyRequests(text, retry_after=left)
 
     def _count(self, limits: dict[tuple[str, str], int]) -> None:
         """From the limit on, each wrong password doubles the wait, 1 s to 15 min."""
@@ -1412,17 +1373,20 @@ class Passwords:
             del self._wrong[next(iter(self._wrong))]
 
 
-BUSY = "Too many passwords are being checked: try again in 5 s"
-
-
 def network(address: str) -> str:
     """What one client owns: an IPv4 address, or the /64 around an IPv6 address."""
-    if match := re.fullmatch(r"\[(.*)\](?::\d+)?|([\d.]+):\d+", address):
-        address = match[1] or match[2]  # some proxies add the port
+    port = re.fullmatch(
+        r"\[(.*)\](?::\d+)?|([\d.]+):\d+", address
+    )  # some proxies add it
+    address = port[1] or port[2] if port else address
     with suppress(ValueError):
         ip = ipaddress.IPv6Address(address)
         return str(ip.ipv4_mapped or ipaddress.ip_network((ip, 64), strict=False))
     return address
+
+
+def log_event(event: str, user: str, address: str | None) -> None:
+    log.info("%s: user %r, address %r", event, user[:65], address)
 
 
 # ---- Requests and answers ----------------------------------------------------------
@@ -1430,14 +1394,14 @@ def network(address: str) -> str:
 # the data; answers in JSON; and the preconditions of RFC 9110 §13.
 
 FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
-PATCHES = ("application/json", "application/merge-patch+json", *FORMS)
+BODIES = ("application/json", *FORMS)
+PATCHES = ("application/merge-patch+json", *BODIES)
 
 
 class Request(werkzeug.Request):
     """Werkzeug's request, with the app, its bearer and the data."""
 
     max_form_memory_size = None  # stream bounds the whole body
-
     route: Route  # that it matches
 
     def __init__(self, environ: WSGIEnvironment, app: App) -> None:
@@ -1445,15 +1409,15 @@ class Request(werkzeug.Request):
         self.app = app
 
     @cached_property
-    def stream(self) -> BytesIO:  # type: ignore[override]
+    def stream(self) -> BytesIO:
         """The body in memory: all of it, or 413, chunked or not."""
-        limit, length = self.app.settings.max_body, self.content_length
+        limit, length = self.app.settings.max_body, self.content_length or 0
         too_large = http.RequestEntityTooLarge(f"A body may have {limit:,} bytes")
-        if length is not None and length > limit:
+        if length > limit:
             raise too_large  # without waiting for it
         if self.headers.get("Content-Encoding", "identity") != "identity":
             raise http.UnsupportedMediaType("Send the body without Content-Encoding")
-        is_chunked = "HTTP_TRANSFER_ENCODING" in self.environ
+        is_chunked = "Transfer-Encoding" in self.headers
         if is_chunked and not self.environ.get("wsgi.input_terminated"):
             raise http.LengthRequired("Send the body with a Content-Length")
         self.max_content_length = limit + 1  # Werkzeug cuts a chunked body there
@@ -1463,12 +1427,12 @@ class Request(werkzeug.Request):
             raise http.BadRequest("The body could not be read to its end") from error
         if len(body) > limit:
             raise too_large
-        if len(body) < (length or 0):
+        if len(body) < length:
             raise http.BadRequest("The body ends before its Content-Length")
         return BytesIO(body)
 
     def parse(self, parser: RequestParser, partial: bool = False) -> Namespace:
-        """What the parser finds; but whose session has ended gets 401 before all else."""
+        """What the parser finds; 401 before all else once the session has ended."""
         try:
             return self._parse(parser, partial)
         except http.HTTPException:
@@ -1476,33 +1440,30 @@ class Request(werkzeug.Request):
                 self.read(NO_ITEMS)
             raise
 
-    def _parse(self, parser: RequestParser, partial: bool) -> Namespace:
-        body = self.get_data()
-        is_form = self.mimetype in FORMS
-        if body and not is_form and (not self.is_json or "json-patch" in self.mimetype):
-            raise http.UnsupportedMediaType(f"Send {' or '.join(PATCHES[::2])}")
-        sent = read_place(self, "json" if self.is_json else "form")
-        names = {each.name for each in parser.args if "args" not in each.places}
-        is_lost = (
-            body and not names & {*sent, *self.files} and (sent or not self.is_json)
-        )
-        if is_lost and is_form and body.lstrip()[:1] in (b"{", b"["):
+    def _parse(self, parser: RequestParser, is_partial: bool) -> Namespace:
+        body, kind = self.get_data(), self.mimetype
+        is_known = self.is_json and kind != "application/json-patch+json"
+        if body and not is_known and kind not in FORMS:
+            raise http.UnsupportedMediaType(f"Send {' or '.join(BODIES)}")
+        if kind in FORMS and body.lstrip().startswith((b"{", b"[")):
             hint = "The body looks like JSON: send Content-Type: application/json"
             raise http.BadRequest(hint)
-        values = parser.parse_args(self, partial=partial)
-        if is_lost and names:
-            raise http.BadRequest(f"The body holds none of {', '.join(sorted(names))}")
+        part = cache(partial(read, self))
+        values = parser.parse(part, partial=is_partial)
+        places = {"json", "form", "files"}
+        looked = [(each.name, places & {*each.places}) for each in parser.args]
+        is_lost = not any(
+            name in part(place) for name, where in looked for place in where
+        )
+        if (
+            is_lost
+            and any(where for _, where in looked)
+            and (part("json") or not self.is_json)
+            and body
+        ):
+            names = ", ".join(each.name for each in parser.args)
+            raise http.BadRequest(f"The body holds none of {names}")
         return values
-
-    def parse_item(self, resource: Resource, partial: bool = False) -> Namespace:
-        """What the resource's arguments make of the body; 400 for what JSON cannot hold."""
-        item = self.parse(resource.parser, partial)
-        for name, value in item.items():
-            try:
-                value.encode() if isinstance(value, str) else to_json(value).encode()
-            except ValueError:
-                raise Refusal(message={name: "Must be what JSON can hold"}) from None
-        return item
 
     @cached_property
     def claims(self) -> Claims:
@@ -1514,43 +1475,27 @@ class Request(werkzeug.Request):
         """The bearer's name; 401 without a good token."""
         return str(self.claims["sub"])
 
-    def read(self, query: Query) -> Data:
-        """The bearer's data; 401 if the session has ended."""
-        data = self.app.store.read(self.user, query)
+    def read(self, query: Query = EVERYTHING, shared: str | None = None) -> Data:
+        """The bearer's data, or what is shared; 401 if the session has ended."""
+        data = self.app.store.read(self.user, NO_ITEMS if shared else query)
         self.check_session(data)
-        return data
+        return self.app.store.read(SHARED, query) if shared else data
 
     @contextmanager
-    def write(self, query: Query) -> Iterator[Data]:
-        """The bearer's data, to be changed; 401 if the session has ended."""
-        with self.app.store.write(self.user, query) as data:
-            self.check_session(data)
+    def write(
+        self, query: Query = EVERYTHING, shared: str | None = None
+    ) -> Iterator[Data]:
+        """The same, to be changed; what is shared asks for that role, else 403."""
+        if shared and shared not in roles_of(self.read(NO_ITEMS)):
+            raise http.Forbidden(f"Only the role {shared} may change this")
+        with self.app.store.write(SHARED if shared else self.user, query) as data:
+            if not shared:
+                self.check_session(data)
             yield data
 
     def check_session(self, data: Data) -> None:
         if self.claims["sid"] not in data["sessions"]:
             raise InvalidToken("The session has ended")
-
-    def read_items(self, resource: Resource, **which: Any) -> Data:
-        """What holds the resource's items: the bearer's data, or what is shared."""
-        query = Query(resource.name, **which)
-        if not resource.shared:
-            return self.read(query)
-        self.read(NO_ITEMS)
-        return self.app.store.read(SHARED, query)
-
-    @contextmanager
-    def write_items(self, resource: Resource, **which: Any) -> Iterator[Data]:
-        """The same, to be changed; 403 without the role that a shared resource asks."""
-        query = Query(resource.name, **which)
-        if not resource.shared:
-            with self.write(query) as data:
-                yield data
-            return
-        if resource.shared not in roles_of(self.read(NO_ITEMS)):
-            raise http.Forbidden(f"Only the role {resource.shared} may do that")
-        with self.app.store.write(SHARED, query) as data:
-            yield data
 
     @property
     def prefix(self) -> str:
@@ -1559,7 +1504,7 @@ class Request(werkzeug.Request):
         return f"/{mount}" if mount else ""
 
     def log(self, event: str, user: str) -> None:
-        log.info("%s: user %r, address %r", event, user[:65], self.remote_addr)
+        log_event(event, user, self.remote_addr)
 
 
 def roles_of(data: Data) -> list[str]:
@@ -1603,14 +1548,15 @@ def tagged(body: Any, status: int = 200, **headers: str) -> Response:
 
 def conditional(request: Request, body: Any, **headers: str) -> Response:
     """An answer with its ETag; 304 if the client has it already."""
-    response = tagged(body, **headers)
+    response = tagged(body, 200, **headers)
     if check_preconditions(request, body):
-        return answer(None, 304, ETag=response.headers["ETag"], **headers)
+        headers["ETag"] = response.headers["ETag"]
+        return answer(None, 304, **headers)
     return response
 
 
 def check_preconditions(request: Request, there: Any) -> bool:
-    """Does the client have what is there? 412 unless the request means that.
+    """Does the client have what is there? 412 if the request means something else.
 
     there is None where nothing is (RFC 9110 §13.2.2).
     """
@@ -1619,36 +1565,29 @@ def check_preconditions(request: Request, there: Any) -> bool:
     if not (match or none_match):
         return False
     tag = None if there is None else tag_of(line(there))
-    if match and not names(match.replace(f"W/{tag}", '""'), tag):
+    if match and not names(match.replace(f"W/{tag}", ""), tag):
         raise http.PreconditionFailed("If-Match does not name what is there now")
-    is_known = bool(none_match) and names(str(none_match), tag)
+    is_known = names(none_match or "", tag)
     if is_known and request.method not in ("GET", "HEAD"):
         raise http.PreconditionFailed("If-None-Match names what is there now")
     return is_known
 
 
 def names(header: str, tag: str | None) -> bool:
-    """Does * or a list of entity tags name this one? 400 for any other text."""
-    if header.strip() == "*":
-        return tag is not None
-    if not ETAGS.fullmatch(header):
-        right = "* or quoted entity tags with commas between"
-        raise http.BadRequest(f"If-Match and If-None-Match take {right}")
-    return tag is not None and tag in header
-
-
-ETAGS = re.compile(r'\s*((W/)?"[!#-~\x80-\xff]*"[\s,]*)+')
+    """Does * or a list of entity tags name this one?"""
+    return tag is not None and (header.strip() == "*" or tag in header)
 
 
 def error_answer(error: http.HTTPException, oauth: bool = False) -> Response:
     """What an error is answered with; if oauth, as RFC 6749 §5.2 says it."""
-    if error.response is not None:  # an embedder's abort(Response(…))
+    if isinstance(error.response, Response):  # an embedder's abort(Response(…))
         return error.response
     status, text = error.code or 500, error.description or ""
     body = getattr(error, "data", {"message": text})
-    headers = {
-        name: value for name, value in error.get_headers() if name != "Content-Type"
-    }
+    headers = dict(error.get_headers())
+    del headers["Content-Type"]
+    if isinstance(error, http.MethodNotAllowed):
+        headers["Allow"] = allowed(error.valid_methods or ())
     text = re.sub(r"[^ !#-\[\]-~]", "?", text)  # all that these two may hold
     if oauth:
         if "error" not in body:
@@ -1663,6 +1602,10 @@ def error_answer(error: http.HTTPException, oauth: bool = False) -> Response:
     response = answer(body, status)
     response.headers.update(headers)
     return response
+
+
+def allowed(methods: Iterable[str]) -> str:
+    return ", ".join(sorted({*methods, "OPTIONS"}))
 
 
 def oauth_error(error: http.HTTPException) -> str:
@@ -1705,54 +1648,42 @@ NAME = Text(
 PASSWORD = Password(15, 1024)  # NIST SP 800-63B-4 asks for length, not for composition
 TYPED = Password(1, 4096)
 ANY = Text(1, 100_000)
+ROLE = Text(1, 30, "[a-z][a-z0-9-]*", "a role such as operator")
 ID = re.compile(r"(?!\.\.?$)[^/\x00-\x1f\x7f-\x9f\ufffd]{1,64}")
 
-USERNAME = Argument(
-    "username", NAME, required=True, case_sensitive=False, location=BODY
-)
-OLD_PASSWORD = Argument("password", TYPED, required=True, location=BODY)
-SIGN_UP = parser_of(
-    USERNAME, Argument("password", PASSWORD, required=True, location=BODY)
-)
-CHANGE = parser_of(
-    OLD_PASSWORD, Argument("new_password", PASSWORD, required=True, location=BODY)
-)
-CONFIRM = parser_of(OLD_PASSWORD)
+in_body = partial(Argument, required=True, location=BODY)
+in_query = partial(Argument, location="args")
+USERNAME = in_body("username", NAME, case_sensitive=False)
+SIGN_UP = parser_of(USERNAME, in_body("password", PASSWORD))
+CHANGE = parser_of(in_body("password", TYPED), in_body("new_password", PASSWORD))
+CONFIRM = parser_of(in_body("password", TYPED))
 GRANT = parser_of(
-    Argument("grant_type", ANY, required=True, location=BODY),
-    Argument("username", ANY, case_sensitive=False, location=BODY),
-    Argument("password", TYPED, location=BODY),
-    Argument("refresh_token", ANY, location=BODY),
-    Argument("scope", location=BODY),
+    in_body("grant_type", ANY),
+    in_body("username", ANY, required=False, case_sensitive=False),
+    in_body("password", TYPED, required=False),
+    in_body("refresh_token", ANY, required=False),
+    in_body("scope", required=False),
 )
-TOKEN = parser_of(Argument("token", ANY, required=True, location=BODY))
+TOKEN = parser_of(in_body("token", ANY))
+LIMIT_HELP = "Must be a whole number from 1 to 1,000"
+AFTER_HELP = "Must come from a Link header"
 PAGE = parser_of(
-    Argument(
-        "limit",
-        int,
-        choices=range(1, 1001),
-        location="args",
-        help="Must be a whole number from 1 to 1,000",
-    ),
-    Argument(
-        "after",
-        Text(1, 15, "[0-9a-f]+"),
-        default="0",
-        location="args",
-        help="Must come from a Link header",
-    ),
+    in_query("limit", int, choices=range(1, 1001), help=LIMIT_HELP),
+    in_query("after", Text(1, 15, "[0-9a-f]+"), default="0", help=AFTER_HELP),
 )
 
 
 def read_index(request: Request) -> Response:
     """Where the description is; a browser is sent to the page"""
     accept = request.headers.get("Accept", "")
-    if "text/html" in accept and find_spec("flask_swagger_ui"):
+    is_browser = "text/html" in accept and "json" not in accept
+    if is_browser and find_spec("flask_swagger_ui"):
         return answer(None, 303, Location=f"{request.prefix}/docs", Vary="Accept")
-    links = {name: f"{request.prefix}/{name}" for name in ("openapi.json", "docs")}
-    return answer(
-        {"openapi": links["openapi.json"], "docs": links["docs"]}, Vary="Accept"
-    )
+    urls = {
+        "openapi": f"{request.prefix}/openapi.json",
+        "docs": f"{request.prefix}/docs",
+    }
+    return answer(urls, Vary="Accept")
 
 
 def read_health(request: Request) -> Response:
@@ -1766,15 +1697,16 @@ def create_user(request: Request) -> Response:
     if request.app.settings.signup == "closed":
         raise http.Forbidden("Sign-up is closed: ask the operator for an account")
     given = request.parse(SIGN_UP)
-    refuse_name(given.username, given.password, "password")
-    add_account(request.app, given.username, request.app.passwords.hash(given.password))
+    password = new_password(given.username, given.password)
+    add_account(request.app, given.username, request.app.passwords.hash(password))
     request.log("sign-up", given.username)
     return answer({"username": given.username}, 201)
 
 
-def refuse_name(username: str, password: str, argument: str) -> None:
+def new_password(username: str, password: str, argument: str = "password") -> str:
     if password.casefold() == username:
         raise Refusal(message={argument: "Must not be the name itself"})
+    return PASSWORD(password)
 
 
 def add_account(app: App, name: str, hash: str, roles: Iterable[str] = ()) -> None:
@@ -1798,8 +1730,8 @@ def change_password(request: Request) -> Response:
     """Change the password; all other sessions end"""
     given = request.parse(CHANGE)
     account = check_password(request, request.user, given.password)
-    refuse_name(request.user, given.new_password, "new_password")
-    hash = request.app.passwords.hash(given.new_password)
+    password = new_password(request.user, given.new_password, "new_password")
+    hash = request.app.passwords.hash(password)
     with request.write(NO_ITEMS) as data:
         refuse_change(data, account)
         data["account"]["hash"] = hash
@@ -1832,23 +1764,15 @@ def check_password(request: Request, name: str, password: str) -> dict[str, Any]
     account: dict[str, Any] = {}
     if re.fullmatch(NAME.pattern, name):
         account = request.app.store.read(name, NO_ITEMS)["account"]
-    address = request.remote_addr or ""
-    try:
-        is_right = request.app.passwords.match(
-            account.get("hash"), password, name, address
-        )
-    except http.TooManyRequests:
-        request.log("throttled", name)
-        raise
-    if not is_right:
-        request.log("failed login", name)
-        raise WrongPassword("The user name or the password is wrong")
+    address, match = request.remote_addr or "", request.app.passwords.match
+    if not match(account.get("hash"), password, name, address):
+        raise WrongPassword(message={"password": "Wrong, or there is no such user"})
     return account
 
 
 def refuse_change(data: Data, account: dict[str, Any]) -> None:
     if data["account"] != account:
-        raise WrongPassword("The account was changed at this moment")
+        raise WrongPassword(message={"password": "Was changed at this moment"})
 
 
 def list_sessions(request: Request) -> Response:
@@ -1904,7 +1828,7 @@ def issue_token(request: Request) -> Response:
 
 
 def parse_once(request: Request, parser: RequestParser) -> Namespace:
-    """Arguments that stand once each, and in the body: URLs are logged (RFC 6749 §3.2)."""
+    """Arguments that stand once each, in the body: URLs are logged (RFC 6749 §3.2)."""
     in_url = [each.name for each in parser.args if each.name in request.args]
     if in_url:
         raise Refusal(message=f"{in_url[0]} must be in the body, not in the URL")
@@ -1920,8 +1844,8 @@ def needed(given: Namespace, name: str) -> str:
     return str(given[name])
 
 
-def log_in(request: Request, given: Namespace) -> dict[str, Any]:
-    """A new session's tokens. First-party login: RFC 9700 §2.4 retires this for others."""
+def log_in(request: Request, given: Namespace) -> Claims:
+    """A new session's tokens. First-party login: RFC 9700 retires it for others."""
     app, name = request.app, needed(given, "username")
     account = check_password(request, name, needed(given, "password"))
     with app.store.write(name, NO_ITEMS) as data:
@@ -1931,7 +1855,7 @@ def log_in(request: Request, given: Namespace) -> dict[str, Any]:
     return app.tokens.pair(name, roles_of(data), sid, data["sessions"][sid])
 
 
-def refresh(request: Request, given: Namespace) -> dict[str, Any]:
+def refresh(request: Request, given: Namespace) -> Claims:
     """The next generation's tokens; a replayed token ends its session."""
     app = request.app
     claims = app.tokens.verify(REFRESH, needed(given, "refresh_token"))
@@ -1969,22 +1893,22 @@ def list_items(request: Request, resource: Resource) -> Response:
     """List the items in the order of their creation"""
     given = request.parse(PAGE)
     after, limit = int(given.after, 16), given.limit or Query().limit
-    page = request.read_items(resource, after=after, limit=limit)[resource.name]
-    headers = {}
-    if page.next:
-        limited = f"limit={limit}&" if given.limit else ""
-        url = f"{request.prefix}/{resource.name}?{limited}after={page.next:x}"
-        headers["Link"] = f'<{url}>; rel="next"'
-    return conditional(request, page, **headers)
+    query = Query(resource.name, "", after, limit)
+    page = request.read(query, resource.shared)[resource.name]
+    if page.next is None:
+        return conditional(request, page)
+    limited = f"limit={limit}&" if given.limit else ""
+    url = f"{request.prefix}/{resource.name}?{limited}after={page.next:x}"
+    return conditional(request, page, Link=f'<{url}>; rel="next"')
 
 
 def create_item(request: Request, resource: Resource) -> Response:
     """Create an item under the next id"""
-    item = request.parse_item(resource)
-    is_conditional = "If-Match" in request.headers or "If-None-Match" in request.headers
-    which = {} if is_conditional else {"limit": 0}
-    with request.write_items(resource, **which) as data:
-        check_preconditions(request, data[resource.name])
+    item = request.parse(resource.parser)
+    with request.write(NO_ITEMS, resource.shared) as data:
+        if "If-Match" in request.headers or "If-None-Match" in request.headers:
+            data.fetch(Query(resource.name))
+            check_preconditions(request, data[resource.name])
         id = next_id(data, resource)
         add_item(data, resource, item, id, request.app.settings.max_items)
     url = f"{request.prefix}/{resource.name}/{id}"
@@ -1993,14 +1917,14 @@ def create_item(request: Request, resource: Resource) -> Response:
 
 def read_item(request: Request, resource: Resource, id: str) -> Response:
     """Read one item"""
-    data = request.read_items(resource, id=id)
+    data = request.read(Query(resource.name, id), resource.shared)
     return conditional(request, existing_item(data, resource, id))
 
 
 def put_item(request: Request, resource: Resource, id: str) -> Response:
     """Create or replace the item under an id of one's own choice"""
-    item = request.parse_item(resource)
-    with request.write_items(resource, id=id) as data:
+    item = request.parse(resource.parser)
+    with request.write(Query(resource.name, id), resource.shared) as data:
         if not ID.fullmatch(id):
             right = "1 to 64 characters, no slash or control character"
             raise http.BadRequest(f"An id has {right}, and is not . or ..")
@@ -2014,8 +1938,8 @@ def put_item(request: Request, resource: Resource, id: str) -> Response:
 
 def update_item(request: Request, resource: Resource, id: str) -> Response:
     """Change the arguments that are sent, and leave the others"""
-    changes = request.parse_item(resource, partial=True)
-    with request.write_items(resource, id=id) as data:
+    changes = request.parse(resource.parser, partial=True)
+    with request.write(Query(resource.name, id), resource.shared) as data:
         item = existing_item(data, resource, id)
         check_preconditions(request, item)
         item.update(changes)
@@ -2024,7 +1948,7 @@ def update_item(request: Request, resource: Resource, id: str) -> Response:
 
 def delete_item(request: Request, resource: Resource, id: str) -> Response:
     """Delete an item; its id is not given again"""
-    with request.write_items(resource, id=id) as data:
+    with request.write(Query(resource.name, id), resource.shared) as data:
         check_preconditions(request, existing_item(data, resource, id))
         del data[resource.name][id]
     return answer(status=204)
@@ -2138,42 +2062,36 @@ OUR_ROUTES = [
 
 VARIABLE = re.compile(r"<(?:[^<>:]+:)?([^<>]+)>")
 TAGS = {"type": "string", "pattern": r'^(\*|(W/)?"[!#-~]*"( *, *(W/)?"[!#-~]*")*)$'}
-ERROR = {
-    "type": "object",
-    "properties": {
-        "message": {"type": ["string", "object"]},
-        "error": {"type": "string"},
-        "error_description": {"type": "string"},
-    },
-}
-PAGE_HTML = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
+TEXT = {"type": "string"}
+ERROR = {"message": {"type": ["string", "object"]}, "error": TEXT}
+ERROR |= {"error_description": TEXT}
+DOCS = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="docs/favicon-32x32.png">
 <link rel="stylesheet" href="docs/swagger-ui.css"><div id="swagger-ui"></div>
-<script src="docs/swagger-ui-bundle.js"></script><script src="docs/start.js"></script>"""
+<script src="docs/swagger-ui-bundle.js"></script><script src="docs/start.js"></script>
+"""
 START = 'SwaggerUIBundle({url: "openapi.json", dom_id: "#swagger-ui"})'
-POLICY = "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+POLICY = (
+    "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none';"
+    " frame-ancestors 'none'"
+)
 
 
 def read_openapi(request: Request) -> Response:
     """This description"""
-    schemas: dict[str, Any] = {"Error": ERROR}
+    schemas: dict[str, Any] = {"Error": {"type": "object", "properties": ERROR}}
+    paths = defaultdict[str, dict[str, Any]](dict)
     for resource in request.app.resources:
-        schemas[title(resource.item)] = object_schema(resource.parser, is_kept=True)
-        schemas[title(resource.name) + "List"] = {
-            "type": "object",
-            "additionalProperties": reference(title(resource.item)),
-        }
-    paths: dict[str, dict[str, Any]] = {}
+        schemas[camel(resource.item)] = object_schema(resource.parser)
     for route in request.app.routes:
         if route.view not in (read_openapi, read_docs):
             method, path = VARIABLE.sub(r"{\1}", route.rule).split()
-            paths.setdefault(path, {})[method.lower()] = operation(route, path)
+            paths[path][method.lower()] = operation(route, schemas)
     flows = {"password": {"tokenUrl": f"{request.prefix}/token", "scopes": {}}}
-    schemes = {
-        "login": {"type": "oauth2", "flows": flows},
-        "bearer": {"type": "http", "scheme": "bearer"},
-    }
+    login = {"type": "oauth2", "flows": flows}
+    bearer = {"type": "http", "scheme": "bearer"}
+    schemes = {"login": login, "bearer": bearer}
     document = {
         "openapi": "3.1.0",
         "info": {"title": request.app.title, "version": "1.0.0"},
@@ -2184,72 +2102,59 @@ def read_openapi(request: Request) -> Response:
     return Response(json.dumps(document), content_type="application/json")
 
 
-def title(word: str) -> str:
-    return word.title().replace("-", "")
+def camel(text: str) -> str:
+    return re.sub(r"\W", "", text.title())
+
+
+def content(schema: Any, kinds: Iterable[str] = BODIES[:1]) -> dict[str, Any]:
+    return {"content": {kind: {"schema": schema} for kind in kinds}}
 
 
 def reference(name: str) -> dict[str, str]:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def operation(route: Route, path: str) -> dict[str, Any]:
-    """What OpenAPI says of one route."""
-    resource, parser = route.resource, route.takes or RequestParser()
-    method = route.rule.split()[0]
-    parameters = [
-        parameter("path", name, {"type": "string"}, required=True)
-        for name in VARIABLE.findall(route.rule)
-    ]
-    parameters += [
-        parameter("query", each.name, each.schema, each.required)
-        for each in parser.args
-        if each.places == ["args"]
-    ]
+def operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
+    """What OpenAPI says of one route; the schema of its body goes to the others."""
+    resource, arguments = route.resource, route.takes.args if route.takes else []
+    parameters = [("path", name, True, TEXT) for name in VARIABLE.findall(route.rule)]
+    for each in arguments:
+        if each.places == ["args"]:
+            parameters.append(("query", each.name, each.required, each.schema))
     if resource:
         tags = ("If-Match", "If-None-Match")
-        parameters += [parameter("header", name, TAGS, False) for name in tags]
+        parameters += [("header", name, False, TAGS) for name in tags]
+    schema = schema_of(route.example)
+    if resource:
+        schema = reference(camel(resource.item))
+        if route.view is list_items:
+            schema = {"type": "object", "additionalProperties": schema}
+    success = {} if route.status == 204 else content(schema)
     described = {
-        "operationId": re.sub(r"\W+", "_", f"{method} {path}").strip("_").lower(),
-        "summary": (route.view.__doc__ or path).strip().split("\n")[0],
+        "operationId": re.sub(r"\W+", "_", route.rule).strip("_").lower(),
+        "summary": (route.view.__doc__ or route.rule).strip().split("\n")[0],
         "tags": [resource.name if resource else "service"],
         "security": [] if route.is_open else [{"login": []}, {"bearer": []}],
-        "parameters": parameters,
+        "parameters": [
+            {"in": place, "name": name, "required": is_required, "schema": schema}
+            for place, name, is_required, schema in parameters
+        ],
         "responses": {
-            str(route.status): success(route),
-            "default": {
-                "description": "An error",
-                "content": {"application/json": {"schema": reference("Error")}},
+            str(route.status): {
+                "description": HTTP_STATUS_CODES[route.status],
+                **success,
             },
+            "default": {"description": "An error", **content(reference("Error"))},
         },
     }
-    body = object_schema(parser, is_partial=method == "PATCH" and bool(resource))
-    if body["properties"]:
-        if resource and route.example:
-            body["examples"] = [route.example]
-        kinds = PATCHES if method == "PATCH" else PATCHES[::2]
-        content = {kind: {"schema": body} for kind in kinds}
-        described["requestBody"] = {
-            "required": bool(body["required"]),
-            "content": content,
-        }
+    if len(arguments) > sum(each.places == ["args"] for each in arguments):
+        name, is_patch = camel(route.rule) + "Body", route.rule.startswith("PATCH")
+        schemas[name] = object_schema(
+            parser_of(*arguments), is_patch and bool(resource)
+        )
+        kinds = PATCHES if is_patch else BODIES
+        described["requestBody"] = content(reference(name), kinds)
     return described
-
-
-def parameter(place: str, name: str, schema: Any, required: bool) -> dict[str, Any]:
-    return {"in": place, "name": name, "required": required, "schema": schema}
-
-
-def success(route: Route) -> dict[str, Any]:
-    """The answer of a route: its resource's, or what looks like its example."""
-    described: dict[str, Any] = {"description": HTTP_STATUS_CODES[route.status]}
-    if route.status == 204:
-        return described
-    schema = schema_of(route.example)
-    if route.resource:
-        is_list = route.view is list_items
-        name = route.resource.name if is_list else route.resource.item
-        schema = reference(title(name) + ("List" if is_list else ""))
-    return described | {"content": {"application/json": {"schema": schema}}}
 
 
 def schema_of(example: Any) -> dict[str, Any]:
@@ -2258,23 +2163,20 @@ def schema_of(example: Any) -> dict[str, Any]:
         properties = {name: schema_of(value) for name, value in example.items()}
         return {"type": "object", "properties": properties, "examples": [example]}
     if isinstance(example, list):
-        return {"type": "array", "items": schema_of(example[0]) if example else {}}
+        return {"type": "array", "items": schema_of(example[0] if example else None)}
     return KINDS[type(example)][0] if type(example) in KINDS else {}
 
 
-def object_schema(
-    parser: RequestParser, is_kept: bool = False, is_partial: bool = False
-) -> dict[str, Any]:
-    """What a body holds, or what is kept of it."""
+def object_schema(parser: RequestParser, is_partial: bool = False) -> dict[str, Any]:
+    """What a body holds."""
     properties, required = {}, []
     for each in parser.args:
-        if {"json", "form"} & {*each.places}:
-            name = (each.dest if is_kept else None) or each.name
-            may_be_null = each.nullable or (each.nullable is None and not each.required)
-            null = {"anyOf": [each.schema, {"type": "null"}]}
-            properties[name] = null if may_be_null else each.schema
-            if each.required and not is_partial:
-                required.append(name)
+        schema = each.schema
+        if each.nullable or (each.nullable is None and not each.required):
+            schema = {"anyOf": [schema, {"type": "null"}]}
+        properties[each.name] = schema
+        if each.required and not is_partial:
+            required.append(each.name)
     return {"type": "object", "properties": properties, "required": required}
 
 
@@ -2284,10 +2186,9 @@ def read_docs(request: Request, file: str = "") -> Response:
     if package is None:
         raise http.NotFound("The page needs: pip install flask-swagger-ui")
     if not file:
-        page = PAGE_HTML.format(title=request.app.title)
-        return Response(
-            page, mimetype="text/html", headers={"Content-Security-Policy": POLICY}
-        )
+        page = Response(DOCS.format(title=request.app.title), mimetype="text/html")
+        page.headers["Content-Security-Policy"] = POLICY
+        return page
     if file == "start.js":
         return Response(START, mimetype="text/javascript")
     folder = Path(str(package.origin)).parent / "dist"
@@ -2388,9 +2289,7 @@ class App:
         if request.method == "OPTIONS":
             methods = [*self._urls.allowed_methods(path)]
             if methods:
-                response = answer(
-                    None, 204, Allow=", ".join(sorted({*methods, "OPTIONS"}))
-                )
+                response = answer(None, 204, Allow=allowed(methods))
                 if "PATCH" in methods:
                     response.headers["Accept-Patch"] = ", ".join(PATCHES)
                 return response
@@ -2431,10 +2330,10 @@ def guard(
 ) -> WSGIApplication:
     """WSGI middleware that lets only valid access tokens through.
 
-    The app finds REMOTE_USER, the name, and service.claims. It verifies with the keys at
-    the issuer's jwks_url, or with its secret (which can forge tokens as well). Without a
-    good token it answers 401 (RFC 6750 §3), without keys 503. CORS preflights and
-    open_paths pass, as nobody.
+    The app finds REMOTE_USER, the name, and service.claims. It verifies with the keys
+    at the issuer's jwks_url, or with its secret (which can forge tokens as well).
+    Without a good token it answers 401 (RFC 6750 §3), without keys 503. CORS preflights
+    and open_paths pass, as nobody.
     """
     if bool(secret) == bool(jwks_url) or isinstance(open_paths, str):
         raise ValueError("guard needs a secret or a jwks_url, and a list of open_paths")
@@ -2470,9 +2369,13 @@ def remote_keys(url: str) -> FindKey:
     )
 
     def find(kid: str) -> jwt.PyJWK:
+        keys = None
         try:
+            keys = client.get_signing_keys()  # of which none may be right
             key = client.get_signing_key(kid)
-        except (jwt.PyJWKClientConnectionError, OSError) as error:
+        except (jwt.PyJWTError, ValueError, TypeError, RuntimeError, OSError) as error:
+            if keys and not isinstance(error, jwt.PyJWKClientConnectionError):
+                raise LookupError(kid) from None
             log.warning("no keys from %s: %s", url, error)
             text = "The issuer's keys cannot be had"
             raise http.ServiceUnavailable(text, retry_after=10) from None
@@ -2490,52 +2393,41 @@ def remote_keys(url: str) -> FindKey:
 
 def main(app: App | None = None) -> None:
     """Run the development server or a command, for this app or our own."""
-    parser = argparse.ArgumentParser(description="The development server, and accounts")
-    commands = parser.add_subparsers(dest="command")
-    adduser = commands.add_parser("adduser", help="add an account")
-    adduser.add_argument("--role", action="append", default=[])
-    passwd = commands.add_parser("passwd", help="set a password; all sessions end")
-    deluser = commands.add_parser("deluser", help="delete an account and all it holds")
-    for command in (adduser, passwd, deluser):
-        command.add_argument("name")
+    parser = argparse.ArgumentParser(description="The development server; accounts")
+    parser.add_argument("command", nargs="?", choices=("adduser", "passwd", "deluser"))
+    parser.add_argument("name", nargs="?", default="")
+    parser.add_argument("--role", action="append", default=[], help="of adduser")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     try:
         app = app or App()
         if options.command:
-            run_command(app, options)
+            run_command(app, options.command, options.name.lower(), options.role)
         else:
-            run_simple("127.0.0.1", port_from(), app, use_reloader=True, threaded=True)
+            run_simple("127.0.0.1", port(), app, use_reloader=True, threaded=True)
     except (ValueError, OSError, http.HTTPException) as error:
         sys.exit(getattr(error, "description", str(error)))
 
 
-def run_command(app: App, options: argparse.Namespace) -> None:
+def run_command(app: App, command: str, name: str, roles: list[str]) -> None:
     if isinstance(app.store, MemoryStore):
         raise ValueError("Set SERVICE_STORE_URL: the memory store is gone at the end")
-    name = options.name
-    if options.command == "adduser":
-        for role in options.role:
-            Text(1, 30, "[a-z][a-z0-9-]*", "a role such as operator")(role)
-        add_account(app, NAME(name), new_hash(app, name), options.role)
+    if command == "deluser":
+        hash = None
+    else:
+        typed = getpass() if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
+        given = {"username": name, "password": typed}
+        part = defaultdict[str, Any](dict, json=given).__getitem__
+        hash = app.passwords.hash(new_password(**SIGN_UP.parse(part)))
+    if command == "adduser":
+        add_account(app, name, str(hash), [ROLE(role) for role in roles])
         return
-    hash = new_hash(app, name) if options.command == "passwd" else None
-    with app.store.write(NAME(name), NO_ITEMS) as data:
+    with app.store.write(name, NO_ITEMS) as data:
         if not data["account"].get("hash"):
             raise ValueError(f"There is no account {name}")
-        if hash:
-            data["account"]["hash"], data["sessions"] = hash, {}
-        else:
+        data["account"]["hash"], data["sessions"] = hash, {}
+        if command == "deluser":
             delete_account(data)
-
-
-def new_hash(app: App, name: str) -> str:
-    """The hash of a password that is typed, or a line of standard input."""
-    typed = getpass() if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
-    password = PASSWORD(typed)
-    if password.casefold() == name:
-        raise ValueError("The password must not be the name itself")
-    return app.passwords.hash(password)
 
 
 if __name__ == "__main__":
