@@ -167,7 +167,7 @@ class Window:
 # where they led. Playlists are read as often as §6.3.4 lets a player read them.
 
 PLAYLIST_BYTES, SEGMENT_BYTES = 1_000_000, 100_000_000
-FIRST_TARGET = 6.0  # seconds; the target duration until a playlist has said it
+FIRST_TARGET = 2.0  # seconds; the target duration until a playlist has said it
 MASTER_LIFE = 60.0  # seconds after which the variants are read again
 FAILING_AFTER = 10.0  # seconds, for the URL itself while its variants are good
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError)  # all m3u8 raises
@@ -281,7 +281,9 @@ class Variant:
         segments = self._new_segments(playlist)
         for number, segment in segments:
             await self._take(http, number, segment)
-        if not segments and self.silence > 1:
+        if playlist.is_endlist and segments:  # the last one fills less of a buffer
+            self.had_at -= self.target - min(segments[-1][1].duration, self.target)
+        elif not segments and self.silence > 1:
             self.trouble = "the stream has ended" if playlist.is_endlist else STUCK
         return self.target if segments else self.target / 2
 
