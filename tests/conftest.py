@@ -188,6 +188,7 @@ class serve:
         self,
         line: str,
         token: str | None = None,
+        /,
         *,
         json: Any = None,
         body: bytes | str | None = None,
