@@ -357,7 +357,7 @@ STUCK = "no new segment"
 # ---- Multicast -----------------------------------------------------------------------
 # The group that the channel is sent on to. A second of it counts as a segment does.
 
-SILENT_AFTER = 5.0  # seconds
+SILENT_AFTER = 4.0  # seconds
 
 
 class Multicast(asyncio.DatagramProtocol):
@@ -660,21 +660,23 @@ def say(text: str) -> None:
 # stands by knows within seconds that reports stopped. Two that report at the same time
 # do not match each other's ETags: one of them stands by.
 
-LIST_EVERY, REPORT_EVERY, SIGN_OF_LIFE_EVERY = 5.0, 30.0, 2.0
-LOOK_EVERY, TAKE_OVER_AFTER = 2.0, 6.0
+LIST_EVERY, REPORT_EVERY = 5.0, 30.0
+TAKE_OVER_AFTER = 6.0  # seconds without anybody's report
 NOTHING = float("-inf")
 
 
 class Monitor:
     """All channels, and what was told of them."""
 
-    def __init__(self, service: Service, interface: str) -> None:
+    def __init__(
+        self, service: Service, interface: str, patience: float = TAKE_OVER_AFTER
+    ) -> None:
         self.channels: dict[str, Channel] = {}
         self.is_active = False
         self.problem = ""  # with the service
         self.say: Callable[[str], None] = say
         self.clock = Clock()
-        self._service, self._interface = service, interface
+        self._service, self._interface, self._patience = service, interface, patience
         self._tls = httpx2.create_ssl_context()  # slow to make, so one for all
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._news = asyncio.Event()
@@ -764,12 +766,12 @@ class Monitor:
         now = time.monotonic()
         if now < self._look_due:
             return
-        self._look_due = now + LOOK_EVERY
+        self._look_due = now + self._patience / 3
         etag = self._states_etag if self._states is not None else ""
         states, self._states_etag = await self._service.items("/states", etag)
         if states is not None and states != self._states:
             self._states, self._moved_at = states, now
-        if not self._states or now - self._moved_at >= TAKE_OVER_AFTER:
+        if not self._states or now - self._moved_at >= self._patience:
             self.is_active = True
             self.say("this monitor reports")
 
@@ -781,7 +783,7 @@ class Monitor:
         known = [id for id in self.channels if self.channels[id].state != UNKNOWN]
         known.sort(key=lambda id: self._due[id])
         ready = [id for id in known if self._due[id] <= now]
-        if not ready and now - self._reported_at >= SIGN_OF_LIFE_EVERY:
+        if not ready and now - self._reported_at >= self._patience / 3:
             ready = known[:1]
         for id in ready:
             if self.is_active:

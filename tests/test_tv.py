@@ -7,22 +7,31 @@ from __future__ import annotations
 
 import asyncio
 import doctest
+import re
 import socket
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from werkzeug.serving import BaseWSGIServer, make_server
+from werkzeug.test import Client, TestResponse
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import tv_monitor
-from tv_monitor import Channel, Clock, Continuity, Window
+import tv_service
+from tv_monitor import Channel, Clock, Continuity, Monitor, Service, Window
+
+import service
+from test_service import CHEAP_HASH, PASSWORD, SECRET
 
 # ---- Packets -------------------------------------------------------------------------
 
@@ -307,12 +316,10 @@ WITH_MASTER = ("one variant", "all variants", "tokens")
 
 async def until(is_so: Callable[[], Any], what: str, seconds: float = 20) -> None:
     """Wait for it; a bound for when it never comes."""
-    async with asyncio.timeout(seconds) as limit:
-        with suppress(asyncio.CancelledError):
-            while not is_so():
-                await asyncio.sleep(0.02)
-            return
-    assert not limit.expired(), what
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline, what
+        await asyncio.sleep(0.02)
 
 
 def watch(
@@ -383,3 +390,378 @@ def test_each_fault_is_told_as_what_it_is_and_so_is_its_end(origin: Origin) -> N
 
     with sending(groups, origin.faults):
         watch(items, test)
+
+
+# ---- A station -----------------------------------------------------------------------
+
+ROLES = {"ann": "operator", "watch": "monitor", "spare": "monitor", "viewer": ""}
+NEWS = {"name": 'News, 24 "HD"', "url": "http://o.example/news.m3u8", "number": 7}
+
+
+class Station:
+    """The service with an account for each role; its clock is moved by tests alone."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.now = 1_800_000_000.0
+        given = service.Settings(secret_key=SECRET, **settings)
+        self.app = tv_service.create_app(given, clock=lambda: self.now)
+        for name, role in ROLES.items():
+            service.add_account(self.app, name, CHEAP_HASH, [role] if role else [])
+        self._client = Client(self.app)
+        self._bearers: dict[str, str] = {}
+
+    def __call__(self, request: str, by: str = "", **given: Any) -> TestResponse:
+        """A request such as "PUT /states/x"; nobody's if by nobody."""
+        method, path = request.split()
+        headers = {"Authorization": self._bearer(by)} if by else {}
+        json = given or None
+        return self._client.open(path, method=method, json=json, headers=headers)
+
+    def _bearer(self, name: str) -> str:
+        if name not in self._bearers:
+            form = {"grant_type": "password", "username": name, "password": PASSWORD}
+            answer = self._client.post("/token", data=form).get_json()
+            self._bearers[name] = f"Bearer {answer['access_token']}"
+        return self._bearers[name]
+
+    def add(self, **item: Any) -> str:
+        """A channel; returns its id."""
+        response = self("POST /channels", "ann", **{**NEWS, **item})
+        assert response.status_code == 201, response.text
+        return response.headers["Location"].rpartition("/")[2]
+
+    def tell(self, id: str, state: str, **more: Any) -> None:
+        """Report a state, as a monitor does."""
+        now = int(self.now)
+        report = {"url": NEWS["url"], "state": state, "since": now, "checked": now}
+        response = self(f"PUT /states/{id}", "watch", **{**report, **more})
+        assert response.status_code == 201, response.text
+
+    def sessions(self, name: str) -> list[int]:
+        """How often each session of a user was refreshed."""
+        sessions = self.app.store.read(name)["sessions"]
+        return [session["gen"] - 1 for session in sessions.values()]
+
+
+@pytest.fixture
+def station() -> Station:
+    return Station()
+
+
+REPORT = {"url": NEWS["url"], "state": "on air", "since": 0, "checked": 0}
+
+
+@pytest.mark.parametrize(
+    ("request_line", "by", "item", "status"),
+    [
+        ("POST /channels", "", NEWS, 401),
+        ("POST /channels", "viewer", NEWS, 403),
+        ("POST /channels", "watch", NEWS, 403),
+        ("POST /channels", "ann", NEWS, 201),
+        ("PUT /states/channel1", "", REPORT, 401),
+        ("PUT /states/channel1", "viewer", REPORT, 403),
+        ("PUT /states/channel1", "ann", REPORT, 403),
+        ("PUT /states/channel1", "watch", REPORT, 201),
+        ("POST /users", "", {"username": "eve", "password": PASSWORD}, 403),
+    ],
+)
+def test_each_list_is_written_by_its_role_alone(
+    station: Station, request_line: str, by: str, item: dict[str, Any], status: int
+) -> None:
+    before = {
+        line: station(line, "viewer").text for line in ("GET /channels", "GET /states")
+    }
+    assert station(request_line, by, **item).status_code == status
+    after = {line: station(line, "viewer").text for line in before}
+    assert (after == before) == (status != 201)
+
+
+BAD_CHANNELS = [
+    {"url": "file:///etc/passwd"},
+    {"url": "http://o.example/a b"},
+    {"name": "two\nlines"},
+    {"multicast": "239.1.1.1"},
+    {"number": 0},
+]
+
+
+@pytest.mark.parametrize("bad", BAD_CHANNELS)
+def test_a_channel_that_no_player_could_open_is_refused(
+    station: Station, bad: dict[str, Any]
+) -> None:
+    assert station("POST /channels", "ann", **{**NEWS, **bad}).status_code == 400
+
+
+def as_ministra_reads(text: str) -> list[tuple[str, str]]:
+    lines = [line for line in text.splitlines() if line.strip()]
+    infos = [(a, b) for a, b in pairwise(lines) if a.startswith("#EXTINF")]
+    return [(info.split(",", 1)[1], url) for info, url in infos]
+
+
+def as_kodi_reads(text: str) -> list[tuple[str, str]]:
+    """Kodi's IPTV Simple looks for a comma behind the last quotation mark."""
+    lines = text.splitlines()
+    infos = [(a, b) for a, b in pairwise(lines) if a.startswith("#EXTINF")]
+    read = []
+    for info, url in infos:
+        behind = info.rpartition('"')[2].strip()
+        name = behind[1:] if behind.startswith(",") else info.rpartition(",")[2]
+        read.append((name.strip(), url))
+    return read
+
+
+@pytest.mark.parametrize("read", [as_ministra_reads, as_kodi_reads])
+def test_players_read_the_right_names_and_urls(
+    station: Station, read: Callable[[str], list[tuple[str, str]]]
+) -> None:
+    logo = "http://o.example/a,b.png"
+    station.add(
+        group='News, "all"',
+        tvg_id='n,"24',
+        logo=logo,
+        multicast="udp://@239.1.1.1:5000",
+    )
+    station.add(name="Plain", number=8, url="http://o.example/plain.m3u8")
+    names = ["News, 24 ”HD”", "Plain"]
+    urls = [NEWS["url"], "http://o.example/plain.m3u8"]
+    assert read(station("GET /channels.m3u").text) == list(
+        zip(names, urls, strict=True)
+    )
+    groups = ["udp://@239.1.1.1:5000", urls[1]]
+    text = station("GET /channels.m3u?multicast=1").text
+    assert read(text) == list(zip(names, groups, strict=True))
+
+
+def test_players_find_number_guide_logo_and_group(station: Station) -> None:
+    station.add(group="News", tvg_id="n24", logo="http://o.example/24.png")
+    info = station("GET /channels.m3u").text.splitlines()[1]
+    labels = dict(re.findall('([a-z-]+)="([^"]*)"', info))
+    assert labels == {
+        "tvg-id": "n24",
+        "tvg-chno": "7",
+        "tvg-logo": "http://o.example/24.png",
+        "group-title": "News",
+    }
+
+
+def test_players_see_enabled_channels_in_the_order_of_their_numbers(
+    station: Station,
+) -> None:
+    for name, number in (("nine", 9), ("none", None), ("two", 2), ("ten", 10)):
+        station.add(name=name, number=number)
+    station.add(name="off", enabled=False)
+    names = [name for name, _ in as_kodi_reads(station("GET /channels.m3u").text)]
+    assert names == ["two", "nine", "ten", "none"]
+
+
+def test_the_list_may_need_a_key(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TV_KEY", "схема")
+    station = Station()
+    assert station("GET /channels.m3u").status_code == 403
+    assert station("GET /channels.m3u?key=other").status_code == 403
+    assert (
+        station("GET /channels.m3u?key=%D1%81%D1%85%D0%B5%D0%BC%D0%B0").status_code
+        == 200
+    )
+
+
+def names_on(page: str) -> list[str]:
+    return re.findall(r"<td>7 (\w+)", page)
+
+
+def test_people_see_trouble_first(station: Station) -> None:
+    for state in ("on air", "degraded", "off-air"):
+        station.tell(station.add(name=state[:2]), state, reason="since <then>")
+    station.add(name="new")
+    page = station("GET /status").text
+    assert names_on(page) == ["of", "de", "new", "on"]
+    assert "1 of 4 channels on air" in page
+    assert "since &lt;then&gt;" in page
+
+
+def test_a_state_is_unknown_once_no_monitor_reported_it_for_120_seconds(
+    station: Station,
+) -> None:
+    station.tell(station.add(), "on air")
+    station.now += 120
+    assert "1 of 1 channels on air" in station("GET /status").text
+    station.now += 1
+    page = station("GET /status").text
+    assert "0 of 1 channels on air" in page
+    assert "<b>unknown</b>" in page
+
+
+def test_a_state_of_another_url_says_nothing(station: Station) -> None:
+    station.tell(station.add(), "on air", url="http://o.example/old.m3u8")
+    assert "<b>unknown</b>" in station("GET /status").text
+
+
+def test_the_page_of_states_renews_itself_fits_phones_and_runs_nothing(
+    station: Station,
+) -> None:
+    station.add(name="<script>alert(1)</script>")
+    response = station("GET /status")
+    assert '<meta http-equiv="refresh"' in response.text
+    assert '<meta name="viewport" content="width=device-width' in response.text
+    assert "<script" not in response.text
+    assert "default-src 'none'" in response.headers["Content-Security-Policy"]
+
+
+def test_prometheus_reads_states_rates_and_errors(station: Station) -> None:
+    id = station.add()
+    station.tell(id, "degraded", kbps=4000, cc_errors=3)
+    text = station("GET /metrics").text
+    samples = {
+        (sample.name, sample.labels.get("state")): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.labels["id"] == id and sample.labels["channel"] == NEWS["name"]
+    }
+    states = {
+        ("tv_state", each): float(each == "degraded") for each in tv_service.STATES
+    }
+    assert samples == states | {
+        ("tv_kbps", None): 4000,
+        ("tv_cc_errors_total", None): 3,
+    }
+
+
+def test_the_description_tells_of_the_stations_own_routes(station: Station) -> None:
+    paths = station("GET /openapi.json").get_json()["paths"]
+    assert {"/channels", "/states/{id}", "/channels.m3u", "/status", "/metrics"} <= set(
+        paths
+    )
+
+
+# ---- The monitor and the service -----------------------------------------------------
+
+
+@contextmanager
+def serving(station: Station, port: int = 0) -> Iterator[BaseWSGIServer]:
+    server = make_server("127.0.0.1", port, station.app, threaded=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture
+def server(station: Station) -> Iterator[BaseWSGIServer]:
+    with serving(station) as server:
+        yield server
+
+
+def client(server: BaseWSGIServer, user: str) -> Service:
+    return Service(f"http://127.0.0.1:{server.server_port}/", user, PASSWORD)
+
+
+def test_a_playlist_is_imported_once(station: Station, server: BaseWSGIServer) -> None:
+    station.add(group="News", tvg_id="n24", logo="http://o.example/24.png")
+    station.add(name="Two", number=None, url="http://o.example/2.m3u8")
+    text = (
+        station("GET /channels.m3u").text + "#EXTINF:-1,Radio\nudp://@239.1.1.1:5000\n"
+    )
+    listed = station("GET /channels", "viewer").get_json()
+    for id in listed:
+        station(f"DELETE /channels/{id}", "ann")
+
+    async def imports() -> list[int]:
+        ann = client(server, "ann")
+        return [await tv_monitor.import_m3u(ann, text) for _ in range(2)]
+
+    assert asyncio.run(imports()) == [2, 0]
+    imported = station("GET /channels", "viewer").get_json()
+    listed["channel1"]["name"] = "News, 24 ”HD”"
+    assert list(imported.values()) == list(listed.values())
+
+
+@pytest.mark.parametrize("session_life", [30, 1000])
+def test_a_login_is_refreshed_when_its_token_ends_and_not_before(
+    session_life: int,
+) -> None:
+    station = Station(access_ttl=900, refresh_ttl=session_life)
+
+    async def requests() -> None:
+        watch = client(server, "watch")
+        for _ in range(
+            5
+        ):  # by Authlib's default, each in a session's last minute refreshes
+            await watch.items("/channels", "")
+
+    with serving(station) as server:
+        station.now = time.time()
+        asyncio.run(requests())
+    assert station.sessions("watch") == [0]
+
+
+def test_a_token_is_refreshed_and_a_session_that_ended_is_begun_anew() -> None:
+    station = Station(access_ttl=1, refresh_ttl=1000)
+    station.now = time.time()
+
+    async def requests() -> None:
+        watch = client(server, "watch")
+        async with asyncio.timeout(10):
+            while station.sessions("watch") != [2]:
+                await watch.items("/channels", "")
+                await asyncio.sleep(0.05)
+                station.now = time.time()
+        with station.app.store.write("watch") as data:
+            data["sessions"].clear()
+        await watch.items("/channels", "")
+
+    with serving(station) as server:
+        asyncio.run(requests())
+    assert station.sessions("watch") == [0]
+
+
+@asynccontextmanager
+async def monitoring(service: Service) -> AsyncIterator[Monitor]:
+    """A monitor that is impatient to take over."""
+    monitor = Monitor(service, "127.0.0.1", patience=2)
+    monitor.say = lambda text: None
+    task = asyncio.create_task(monitor.run())
+    try:
+        yield monitor
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+def test_reports_survive_the_ends_of_the_service_and_of_a_monitor(
+    origin: Origin, station: Station
+) -> None:
+    id = station.add(url=f"{origin.url}/c/high.m3u8")
+    station.now = time.time()
+
+    def states() -> list[str]:
+        report = station(f"GET /states/{id}", "viewer").get_json()
+        return [change["state"] for change in report.get("history", [])]
+
+    async def test(port: int) -> None:
+        url = f"http://127.0.0.1:{port}"
+        async with AsyncExitStack() as stack:
+            async with monitoring(Service(url, "watch", PASSWORD)) as first:
+                with serving(station, port):
+                    await until(lambda: states() == ["on air"], "a first report")
+                    standing_by = monitoring(Service(url, "spare", PASSWORD))
+                    second = await stack.enter_async_context(standing_by)
+                    await until(lambda: second.channels, "the second one watches")
+                origin.faults["c"] = "playlist 500"
+                await until(lambda: first.channels[id].state == "off-air", "a fault")
+                with serving(station, port):
+                    await until(lambda: states() == ["on air", "off-air"], "a report")
+                    assert not second.is_active
+            origin.faults.clear()
+            with serving(station, port):
+                expected = ["on air", "off-air", "on air"]
+                await until(lambda: states() == expected, "the second one's report")
+                assert second.is_active
+
+    asyncio.run(test(free_port()))
