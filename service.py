@@ -1520,14 +1520,12 @@ def bearer_token(environ: WSGIEnvironment) -> str:
 
 def answer(body: Any = None, status: int = 200, **headers: str) -> Response:
     """A line of JSON, without it for 204 and 304; Cache_Control is Cache-Control."""
-    has_body = status not in (204, 304)
-    response = Response(line(body) if has_body else b"", status)
-    response.headers["Content-Type"] = "application/json"
-    if not has_body:
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    if status in (204, 304):
+        response = Response(b"", status, named)
         del response.headers["Content-Type"]
-    for name, value in headers.items():
-        response.headers[name.replace("_", "-")] = value
-    return response
+        return response
+    return Response(line(body), status, named | {"Content-Type": "application/json"})
 
 
 def line(body: Any) -> bytes:
@@ -2248,6 +2246,8 @@ class App:
             rules.append(Rule(path, methods=[method], endpoint=route))
         # No redirects: /todos/ and //todos are other paths than /todos.
         self._urls = Map(rules, merge_slashes=False, redirect_defaults=False).bind("")
+        self._match = lru_cache(maxsize=1000)(self._urls.match)
+        self._origins = settings.origins
         hops = settings.proxies
         self._wsgi: WSGIApplication = self._respond
         if hops:
@@ -2275,7 +2275,7 @@ class App:
         response.headers["X-Content-Type-Options"] = "nosniff"
         if "HTTP_AUTHORIZATION" in environ:  # no cache may give it to anybody else
             response.headers.setdefault("Cache-Control", "private, no-cache")
-        add_cors(response, environ, self.settings.origins)
+        add_cors(response, environ, self._origins)
         return response(environ, start_response)
 
     def _answer(self, request: Request) -> Response:
@@ -2293,7 +2293,7 @@ class App:
                 if "PATCH" in methods:
                     response.headers["Accept-Patch"] = ", ".join(PATCHES)
                 return response
-        route, found = self._urls.match(path, request.method)
+        route, found = self._match(path, request.method)
         arguments, request.route = dict(found), route
         if not route.is_open:
             request.user  # noqa: B018 (401 comes before all else)
