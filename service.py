@@ -376,8 +376,8 @@ class Argument:
                 break
         else:
             if self.required and not partial:
-                places = " or ".join(PLACES[place] for place in self.places)
-                raise ValueError(f"Missing required parameter in {places}")
+                places = [words for key, words in PLACES.items() if key in self.places]
+                raise ValueError(f"Missing required parameter in {' or '.join(places)}")
             return MISSING
         is_json = place == "json"
         values = [source[self.name]] if is_json else source.getlist(self.name)
