@@ -1,0 +1,792 @@
+"""The service as it is deployed: nginx, systemd, PgBouncer, PostgreSQL, a failover.
+
+The real programs, from Debian's packages; without its package a test is skipped. What
+the README tells to write down is read from there.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from conftest import ROOT, Postgres, eventually, free_port, run, serve
+from werkzeug.datastructures import Headers
+
+from test_service import JSON, PASSWORD, SECRET, Answer, together
+
+README = (ROOT / "README.md").read_text()
+SYSTEM = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+
+
+def readme_block(language: str, word: str = "") -> str:
+    """The one block of this language in the README that holds the word."""
+    blocks = re.findall(rf"(?ms)^```{language}\n(.*?)^```", README)
+    (block,) = [block for block in blocks if word in block]
+    return str(block)
+
+
+def needs(program: str, package: str = "") -> pytest.MarkDecorator:
+    is_missing = shutil.which(program, path=SYSTEM) is None
+    return pytest.mark.skipif(
+        is_missing, reason=f"apt-get install {package or program}"
+    )
+
+
+# ---- nginx --------------------------------------------------------------------------
+
+
+class Nginx:
+    """An nginx with the README's server before a port, on a port of its own."""
+
+    program = shutil.which("nginx", path=SYSTEM)
+
+    def __init__(self, service: int, http_lines: str = "", location: str = "") -> None:
+        self.service, self.port = service, free_port()
+        self.lines, self.location = http_lines, location
+        # A certificate of one's own, which no client here checks.
+        self.tls = ssl.create_default_context()
+        self.tls.check_hostname, self.tls.verify_mode = False, ssl.CERT_NONE
+
+    def __enter__(self) -> Nginx:
+        self.folder = Path(tempfile.mkdtemp(prefix="nginx"))
+        subprocess.run(
+            f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes"
+            f" -subj /CN=todo.example -keyout {self.folder}/todo.key"
+            f" -out {self.folder}/todo.pem".split(),
+            check=True,
+            capture_output=True,
+        )
+        (self.folder / "nginx.conf").write_text(self.configuration())
+        self.process = subprocess.Popen(
+            [
+                str(self.program),
+                "-e",
+                "error.log",
+                "-p",
+                self.folder,
+                "-c",
+                "nginx.conf",
+            ]
+        )
+        try:
+            eventually(lambda: self("GET /api/health").status == 200)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def configuration(self) -> str:
+        server = readme_block("nginx").replace("/etc/ssl", str(self.folder))
+        server = server.replace("listen 443", f"listen 127.0.0.1:{self.port}")
+        server = server.replace(":5000/", f":{self.service}/")
+        server = server.replace("location /api/ {", "location /api/ {" + self.location)
+        user = "" if os.geteuid() else "user root;"
+        folders = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        temporary = "".join(f"{name}_temp_path {name};" for name in folders)
+        return (
+            f"daemon off; pid pid; {user} worker_processes 2;"
+            " events { worker_connections 4096; }"
+            f" http {{ access_log off; {temporary} {self.lines}\n{server} }}"
+        )
+
+    def __exit__(self, *error: object) -> None:
+        self.process.terminate()
+        self.process.wait()
+        shutil.rmtree(self.folder)
+
+    def __call__(
+        self,
+        line: str,
+        token: str = "",
+        body: bytes = b"",
+        kind: str = JSON,
+        **headers: str,
+    ) -> Answer:
+        """The answer to a request such as "GET /api/todos"; status 0 if none came."""
+        sent = {name.replace("_", "-"): value for name, value in headers.items()}
+        sent |= {"Authorization": f"Bearer {token}"} if token else {}
+        sent |= {"Content-Type": kind} if body else {}
+        connection = http.client.HTTPSConnection(
+            "127.0.0.1", self.port, timeout=30, context=self.tls
+        )
+        try:
+            method, path = line.split()
+            connection.request(
+                method, path, body or None, {"Host": "todo.example", **sent}
+            )
+            answer = connection.getresponse()
+            return Answer(answer.status, Headers(answer.getheaders()), answer.read())
+        except (OSError, http.client.HTTPException):
+            return Answer(0, Headers(), b"")
+        finally:
+            connection.close()
+
+
+@pytest.fixture(scope="module")
+def proxied() -> Iterator[serve]:
+    """The service with the settings that the README has for nginx."""
+    with serve(SERVICE_PROXIES="1", SERVICE_MAX_BODY="65536") as server:
+        yield server
+
+
+@needs("nginx")
+def test_behind_the_readmes_nginx_the_service_knows_its_prefix_and_its_clients(
+    proxied: serve,
+) -> None:
+    with Nginx(proxied.port) as nginx:
+        token = proxied.user("alice")
+        made = nginx("POST /api/todos", token, b'{"task": "x"}')
+        assert made.status == 201
+        assert re.fullmatch(r"/api/todos/todo\d+", made.headers["Location"])
+        forged = {"X_Forwarded_For": "192.0.2.1", "X_Forwarded_Prefix": "/evil"}
+        nginx("POST /api/users", "", b'{"username": "no", "password": "no"}', **forged)
+        page = nginx("GET /api/todos?limit=1", token, **forged)
+        assert page.headers["Link"].startswith("</api/todos?")
+        nginx(
+            "POST /api/users",
+            "",
+            b'{"username": "bob", "password": "%s"}' % PASSWORD.encode(),
+            **forged,
+        )
+        assert eventually(lambda: re.search(r"sign-up.*bob.*127\.0\.0\.1", proxied.log))
+        assert "192.0.2.1" not in proxied.log
+
+
+@needs("nginx")
+@pytest.mark.parametrize("size", [100_000, 3_000_000])
+def test_a_body_too_large_is_refused_behind_nginx_and_the_client_reads_it(
+    proxied: serve, size: int
+) -> None:
+    with Nginx(proxied.port) as nginx:
+        answer = nginx("POST /api/users", "", b" " * size)
+        assert answer.status == 413
+        # Up to 1 MB the service answers; beyond, nginx in its own words.
+        assert (answer.headers["Content-Type"] == JSON) == (size < 1_000_000)
+
+
+@needs("nginx")
+def test_behind_nginx_a_thousand_stalled_clients_hold_nobody_up(proxied: serve) -> None:
+    body = (
+        b"POST /api/token HTTP/1.1\r\nHost: todo.example\r\nContent-Length: 99\r\n\r\nx"
+    )
+    with Nginx(proxied.port) as nginx:
+        stalled = []
+        for _ in range(200):
+            plain = socket.create_connection(("127.0.0.1", nginx.port))
+            stalled.append(nginx.tls.wrap_socket(plain))
+            stalled[-1].sendall(body)
+        assert nginx("GET /api/health").status == 200
+        for client in stalled:
+            client.close()
+
+
+@needs("nginx")
+def test_a_cache_in_nginx_gives_nobody_what_another_may_see(proxied: serve) -> None:
+    cache = "proxy_cache_path cache keys_zone=todo:1m; proxy_cache_valid any 10m;"
+    shown = "proxy_cache todo; add_header X-Cache $upstream_cache_status always;"
+    alice, bob = proxied.user("alice"), proxied.user("bob")
+    with Nginx(proxied.port, cache, shown) as nginx:
+        nginx("PUT /api/todos/mine", alice, b'{"task": "secret"}')
+        for path in ("/api/todos", "/api/todos/mine", "/api/users/me"):
+            for _ in range(2):
+                answer = nginx(f"GET {path}", alice)
+                assert answer.status == 200
+                assert answer.headers["X-Cache"] == "MISS"
+            assert nginx(f"GET {path}", bob).body != answer.body
+            assert nginx(f"GET {path}").status == 401
+        # The cache itself works: what is public comes from it.
+        nginx("GET /api/openapi.json")
+
+
+@needs("nginx")
+def test_gzip_in_nginx_leaves_etags_as_they_are(proxied: serve) -> None:
+    zipped = "gzip on; gzip_types *; gzip_min_length 1; gzip_proxied any;"
+    token = proxied.user("zoe")
+    with Nginx(proxied.port, zipped) as nginx:
+        nginx("PUT /api/todos/x", token, b'{"task": "y"}')
+        tag = nginx("GET /api/todos/x", token, Accept_Encoding="gzip").headers["ETag"]
+        put = nginx("PUT /api/todos/x", token, b'{"task": "z"}', If_Match=tag)
+        assert put.status == 201
+
+
+# ---- systemd ------------------------------------------------------------------------
+# The unit of the README, its mounts and its user played by unshare and setpriv; in a
+# namespace of its own, so that nothing is left of them.
+
+pytest_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may play systemd")
+
+
+class Machine:
+    """A machine with the project in /opt/todo, and its interpreter for every user.
+
+    Both may lie here where no other user may look; there, nothing else is shown.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        held, folder = folder / "held", folder / "todo"
+        for path in (folder, held / "base", held / "packages"):
+            path.mkdir(parents=True)
+        for name in ("service.py", "gunicorn.conf.py"):
+            shutil.copy(ROOT / name, folder)
+        base, packages = Path(sys.base_prefix), Path(pytest.__file__).parent.parent
+        venv = "import sys, venv; venv.create(sys.argv[1], symlinks=True)"
+        subprocess.run([sys.executable, "-c", venv, folder / ".venv"], check=True)
+        script = folder / ".venv/bin/gunicorn"
+        script.write_text(
+            "#!/opt/todo/.venv/bin/python\n"
+            "from gunicorn.app.wsgiapp import run\nrun()\n"
+        )
+        script.chmod(0o755)
+        (site,) = (folder / ".venv/lib").glob("python*/site-packages")
+        inside = "/opt/todo" / site.relative_to(folder)
+        hidden = [path for path in [Path("/root"), Path("/home")] if path.is_dir()]
+        empty = "mount -t tmpfs -o mode=755 none"
+        self.lines = [
+            "set -e",
+            # Held here while the folders above them are emptied.
+            f"mount --bind {base} {held}/base",
+            f"mount --bind {packages} {held}/packages",
+            f"{empty} /opt && mkdir /opt/todo && mount --bind {folder} /opt/todo",
+            f"mount --bind {held}/packages {inside}",
+            f"{empty} /var/lib",
+            *(f"{empty} {path}" for path in hidden),
+        ]
+        if any(base.is_relative_to(path) for path in hidden):
+            self.lines.append(f"mkdir -p {base} && mount --bind {held}/base {base}")
+
+    def serve(self, *command: str, **environ: str) -> serve:
+        """A server on it, in /opt/todo."""
+        script = "\n".join([*self.lines, "cd /opt/todo", 'exec "$@"'])
+        return serve(
+            command=["unshare", "-m", "sh", "-c", script, "sh", *command], **environ
+        )
+
+
+def unit_lines() -> list[tuple[str, str]]:
+    """The settings of the README's unit, in their order."""
+    lines = [line.partition("=") for line in readme_block("ini").splitlines()]
+    return [(name, value) for name, sign, value in lines if sign]
+
+
+def unit_environ() -> dict[str, str]:
+    """The README's /etc/todo.env, with a secret."""
+    lines = readme_block("sh", "SERVICE_PROXIES=1").split()
+    return dict(line.split("=", 1) for line in lines) | {"SERVICE_SECRET_KEY": SECRET}
+
+
+@pytest_root
+@needs("setpriv", "util-linux")
+def test_the_readmes_unit_starts_says_so_reloads_and_ends(tmp_path: Path) -> None:
+    unit = dict(unit_lines())
+    assert unit["ProtectSystem"] == "strict"
+    machine = Machine(tmp_path)
+    state = f"/var/lib/{unit['StateDirectory']}"
+    writable = ["/dev", "/proc", "/sys", state]
+    machine.lines += [
+        f"mkdir {state}",
+        f"mount --bind {state} {state}",
+        f"chown nobody {state}",
+    ]
+    if unit.get("PrivateTmp") == "true":
+        machine.lines += ["mount -t tmpfs none /tmp", "mount -t tmpfs none /var/tmp"]
+        writable += ["/tmp", "/var/tmp"]
+    kept = "|".join(f"{path}|{path}/*" for path in writable)
+    machine.lines += [
+        # What another mount hides cannot be found, and need not be.
+        "for path in $(cut -d ' ' -f 5 /proc/self/mountinfo); do"
+        f" case $path in {kept}) ;;"
+        " *) mount -o remount,bind,ro $path 2>/dev/null || true ;; esac; done",
+        "for path in /opt/todo /usr /etc /var /root; do"
+        " if touch $path/x 2>/dev/null; then exit 9; fi; done",
+    ]
+    as_user = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups"]
+    if unit.get("NoNewPrivileges") == "true":
+        as_user.append("--no-new-privs")
+    starts = [value for name, value in unit_lines() if name == "ExecStart"]
+    check, reload = [value for name, value in unit_lines() if name == "ExecReload"]
+    assert check == f"{starts[0]} --check-config"
+    assert reload == "/bin/kill -HUP $MAINPID"
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.settimeout(30)
+        systemd.bind("")  # an abstract name, which needs no folder
+        address = "@" + systemd.getsockname()[1:].decode()
+        assert unit["Type"] == "notify"
+        environ = unit_environ() | {"NOTIFY_SOCKET": address}
+        with machine.serve(*as_user, *starts[0].split(), **environ) as server:
+            assert b"READY=1" in systemd.recv(1000)
+            token = server.user("alice")
+            assert server("PUT /todos/x", token, task="y").status == 201
+            inside = Path(f"/proc/{server.process.pid}/root")
+            owner = (inside / state.strip("/") / "todo.db").owner()
+            assert owner == "nobody"
+            before = {*server.workers}
+            server.process.send_signal(signal.SIGHUP)
+            eventually(lambda: server.workers and not before & {*server.workers}, 30)
+            eventually(lambda: server("GET /todos/x", token).status == 200)
+            assert server.stop() == 0
+            assert "Traceback" not in server.log
+
+
+@pytest_root
+def test_gunicorn_that_root_starts_with_a_user_writes_files_of_that_user(
+    tmp_path: Path,
+) -> None:
+    machine = Machine(tmp_path)
+    machine.lines += ["mkdir /var/lib/todo", "chown nobody /var/lib/todo"]
+    command = ["/opt/todo/.venv/bin/gunicorn", "--user", "nobody", "--group", "nogroup"]
+    with machine.serve(*command, **unit_environ()) as server:
+        token = server.user("alice")
+        assert server("PUT /todos/x", token, task="y").status == 201
+        folder = Path(f"/proc/{server.process.pid}/root/var/lib/todo")
+        assert {path.owner() for path in folder.iterdir()} == {"nobody"}
+
+
+@pytest_root
+def test_the_unit_gives_what_is_in_flight_its_time() -> None:
+    unit = dict(unit_lines())
+    shown = subprocess.run(
+        [sys.executable, "-m", "gunicorn", "--print-config"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    (seconds,) = re.findall(r"(?m)^graceful_timeout += (\d+)", shown)
+    assert int(unit["TimeoutStopSec"]) > int(seconds)
+
+
+# ---- PostgreSQL as it is found ------------------------------------------------------
+
+
+def service_over(url: str, *flags: str, **settings: str) -> serve:
+    given = {"SERVICE_STORE_URL": url, "SERVICE_SECRET_KEY": SECRET}
+    return serve(*flags, **given, **settings)
+
+
+def execute(url: str, *statements: str) -> list[Any]:
+    """The rows of the last of these."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        for statement in statements:
+            cursor = connection.execute(statement)
+        return cursor.fetchall() if cursor.description else []
+
+
+@pytest.fixture
+def own_postgres() -> Iterator[Postgres]:
+    """A PostgreSQL for one test, which may do to it what it likes."""
+    with closing(Postgres("--synchronous_commit=off")) as server:
+        yield server
+
+
+def mixed_requests(server: serve, client: int, count: int) -> Counter[int]:
+    """The statuses of so many requests of all kinds by one user."""
+    statuses = Counter[int]()
+    token = server.user(f"user{client}")
+    for number in range(count // 6):
+        path = f"/todos/item{number}"
+        lines = ["PUT", "PATCH", "GET", "DELETE"]
+        statuses.update(
+            server(
+                f"{line} {path}", token, **({"task": "x"} if line[0] == "P" else {})
+            ).status
+            for line in lines
+        )
+        statuses[server("POST /todos", token, task="y" * 50).status] += 1
+        statuses[server("GET /todos", token).status] += 1
+    return statuses
+
+
+@needs("pgbouncer")
+@pytest.mark.parametrize("worker", ["gthread", "gevent"])
+def test_behind_pgbouncer_in_transaction_mode_no_request_fails(
+    postgres: Postgres, postgres_url: str, worker: str
+) -> None:
+    flags = ["-w", "2", "-k", worker]
+    with pgbouncer(postgres) as url, service_over(url, *flags) as server:
+        with ThreadPoolExecutor(6) as pool:
+            work = pool.map(lambda each: mixed_requests(server, each, 60), range(6))
+            statuses = sum(work, Counter())
+        assert {*statuses} == {200, 201, 204}
+        assert "ERROR" not in server.log
+        for client in range(6):  # and nobody's statement was executed for another
+            there = server("GET /todos", server.user(f"user{client}")).json
+            assert len(there) == 3 + 10
+
+
+@contextmanager
+def pgbouncer(postgres: Postgres) -> Iterator[str]:
+    """The URL of the database behind PgBouncer, with fewer connections than clients."""
+    port, folder = free_port(), postgres.folder  # its owner may read that
+    (folder / "users").write_text('"postgres" ""\n')
+    (folder / "pgbouncer.ini").write_text(
+        f"[databases]\npostgres = host={folder}\n"
+        f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\n"
+        f"unix_socket_dir =\nauth_type = trust\nauth_file = {folder}/users\n"
+        "pool_mode = transaction\ndefault_pool_size = 3\n"
+    )
+    program = str(shutil.which("pgbouncer", path=SYSTEM))
+    log = folder / "pgbouncer.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [program, "-q", folder / "pgbouncer.ini"],
+            stdout=output,
+            stderr=output,
+            **postgres.owner,
+        )
+    url = f"postgresql://postgres@127.0.0.1:{port}/postgres"
+
+    def answers() -> bool:
+        assert process.poll() is None, log.read_text()
+        with suppress(psycopg.OperationalError):
+            return bool(execute(url, "SELECT 1"))
+        return False
+
+    try:
+        eventually(answers)
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+def test_a_database_that_is_not_utf8_is_refused_with_one_line(
+    postgres: Postgres, encoding: str
+) -> None:
+    name = encoding.lower()
+    choices = f"-E {encoding} -T template0 --locale=C -U postgres -h {postgres.folder}"
+    execute(postgres.url, f"DROP DATABASE IF EXISTS {name}")
+    postgres.run("createdb", *choices.split(), name)
+    url = postgres.url.replace("/postgres?", f"/{name}?")
+    settings = {"SERVICE_STORE_URL": url, "SERVICE_SECRET_KEY": SECRET}
+    status, said = run(sys.executable, "-m", "gunicorn", **settings)
+    assert status == 1
+    assert re.fullmatch(r"SERVICE_STORE_URL .*\bUTF8\b.*\n", said)
+
+
+def test_a_role_that_may_not_create_does_once_the_tables_are_there(
+    postgres: Postgres, postgres_url: str
+) -> None:
+    with service_over(postgres.url) as server:
+        server.user("alice")
+    execute(
+        postgres.url,
+        "DROP ROLE IF EXISTS clerk",
+        "CREATE ROLE clerk LOGIN",
+        "REVOKE CREATE ON SCHEMA public FROM PUBLIC",
+        "GRANT SELECT, INSERT, UPDATE, DELETE ON users, items TO clerk",
+    )
+    url = postgres.url.replace("postgres@", "clerk@")
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        execute(url, "CREATE TABLE other (id INT)")
+    with service_over(url) as server:
+        assert {*mixed_requests(server, 1, 12)} == {200, 201, 204}
+        assert server.log_in("alice")
+    execute(postgres.url, "DROP OWNED BY clerk", "DROP ROLE clerk")
+
+
+def test_a_search_path_in_the_url_says_where_the_tables_are(
+    postgres: Postgres, postgres_url: str
+) -> None:
+    execute(postgres.url, "DROP SCHEMA IF EXISTS mine CASCADE", "CREATE SCHEMA mine")
+    with service_over(f"{postgres.url}&options=-csearch_path%3Dmine") as server:
+        server.user("alice")
+    tables = "SELECT schemaname, tablename FROM pg_tables"
+    found = execute(postgres.url, f"{tables} WHERE tablename IN ('users', 'items')")
+    assert {*found} == {("mine", "users"), ("mine", "items")}
+    execute(postgres.url, "DROP SCHEMA mine CASCADE")
+
+
+def test_writes_are_503_while_sessions_are_read_only_and_then_go_on(
+    own_postgres: Postgres,
+) -> None:
+    def turn(how: str) -> None:
+        setting = f"ALTER SYSTEM SET default_transaction_read_only = {how}"
+        execute(own_postgres.url, setting, "SELECT pg_reload_conf()")
+
+    with service_over(own_postgres.url, "-w", "2") as server:
+        token = server.user("alice")
+
+        def put() -> int:
+            return server("PUT /todos/x", token, task="y").status
+
+        assert put() == 201
+        turn("on")
+        eventually(lambda: put() == 503)
+        assert server("PUT /todos/x", token, task="y").headers["Retry-After"]
+        turn("off")
+        eventually(lambda: [put() for _ in range(8)] == [201] * 8)
+        assert "Traceback" not in server.log
+
+
+@pytest.mark.parametrize("worker", ["gthread", "gevent"])
+def test_beside_more_idle_clients_than_select_can_watch_requests_are_answered(
+    postgres: Postgres, postgres_url: str, worker: str
+) -> None:
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if most < 4000:
+        pytest.skip(f"only {most} files may be open here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    with (
+        service_over(postgres.url, "-w", "1", "-k", worker) as server,
+        ExitStack() as idle,
+    ):
+        token = server.user("alice")
+        for _ in range(1100):
+            idle.enter_context(server.send(b""))
+        for _ in range(3):
+            answers = together(8, lambda _: server("POST /todos", token, task="x"))
+            assert {answer.status for answer in answers} == {201}
+
+
+# ---- Failover -----------------------------------------------------------------------
+
+
+class Pair:
+    """Two PostgreSQL servers: the second has all that the first has answered for."""
+
+    def __init__(self) -> None:
+        self.first, self.second = Postgres(), Postgres()
+        self.second.stop()
+        shutil.rmtree(self.second.data)
+        copied = f"-R -c fast --no-sync -U postgres -h {self.first.folder}"
+        self.second.run("pg_basebackup", "-D", str(self.second.data), *copied.split())
+        self.second.start()
+        names = "ALTER SYSTEM SET synchronous_standby_names = '*'"
+        execute(self.first.url, names, "SELECT pg_reload_conf()")
+        states = "SELECT sync_state FROM pg_stat_replication"
+        eventually(lambda: execute(self.first.url, states) == [("sync",)])
+
+    @property
+    def url(self) -> str:
+        hosts = f"{self.first.folder},{self.second.folder}"
+        session = "target_session_attrs=read-write"
+        return f"postgresql://postgres@/postgres?host={hosts}&{session}"
+
+    def fail_over(self) -> None:
+        """The first is killed, and the second may be written from now on."""
+        self.first.stop("KILL")
+        self.second.run("pg_ctl", "promote", "-D", str(self.second.data))
+
+    def close(self) -> None:
+        self.first.close()
+        self.second.close()
+
+
+class Writing:
+    """Eight clients that make items until the block ends, and what came of that."""
+
+    def __init__(self, server: serve) -> None:
+        self.server = server
+        self.tokens = [server.user(f"user{n}") for n in range(4)] * 2
+        self.acknowledged: list[tuple[int, str, str]] = []
+        self.statuses = Counter[int]()
+        self.last_refusal = 0.0
+        self._is_over = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._write, args=[n]) for n in range(8)
+        ]
+
+    def __enter__(self) -> Writing:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._is_over.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _write(self, number: int) -> None:
+        while not self._is_over.is_set():
+            task = os.urandom(8).hex()
+            made = self.server("POST /todos", self.tokens[number], task=task)
+            self.statuses[made.status] += 1
+            if made.status == 201:
+                self.acknowledged.append((number, made.headers["Location"], task))
+            else:
+                self.last_refusal = time.monotonic()
+                self._is_over.wait(0.02)
+
+    def wait_for(self, count: int) -> None:
+        """Until so many more are acknowledged."""
+        aim = len(self.acknowledged) + count
+        eventually(lambda: len(self.acknowledged) >= aim, 60)
+
+    @property
+    def missing(self) -> list[tuple[int, str, str]]:
+        """What was acknowledged and is not there."""
+        there = [self.server("GET /todos", token).json for token in self.tokens[:4]]
+        return [
+            (number, location, task)
+            for number, location, task in self.acknowledged
+            if there[number % 4].get(location.removeprefix("/todos/")) != {"task": task}
+        ]
+
+
+@pytest.mark.parametrize("worker", ["gthread", "gevent"])
+def test_a_failover_loses_nothing_that_was_answered_and_needs_no_restart(
+    worker: str,
+) -> None:
+    flags = ["-w", "2", "-k", worker]
+    with closing(Pair()) as pair, service_over(pair.url, *flags) as server:
+        workers = server.workers
+        with Writing(server) as writing:
+            writing.wait_for(50)
+            pair.fail_over()
+            writing.wait_for(50)
+        assert {*writing.statuses} <= {201, 503}
+        assert writing.missing == []
+        assert server.workers == workers
+        assert "Traceback" not in server.log
+
+
+# ---- Many nodes ---------------------------------------------------------------------
+
+PARTS = """
+CREATE TABLE {name} (LIKE whole_{name} INCLUDING ALL) PARTITION BY HASH ({column});
+CREATE TABLE {name}_0 PARTITION OF {name} FOR VALUES WITH (MODULUS 4, REMAINDER 0);
+CREATE TABLE {name}_1 PARTITION OF {name} FOR VALUES WITH (MODULUS 4, REMAINDER 1);
+CREATE TABLE {name}_2 PARTITION OF {name} FOR VALUES WITH (MODULUS 4, REMAINDER 2);
+CREATE TABLE {name}_3 PARTITION OF {name} FOR VALUES WITH (MODULUS 4, REMAINDER 3)
+"""
+
+
+def test_over_tables_that_are_split_by_owner_each_statement_touches_one_part(
+    own_postgres: Postgres,
+) -> None:
+    url = own_postgres.url
+    with service_over(url) as server:
+        server.user("maker")
+    for name, column in (("users", "name"), ("items", "owner")):
+        execute(url, f"ALTER TABLE {name} RENAME TO whole_{name}")
+        execute(url, *PARTS.format(name=name, column=column).split(";"))
+    execute(url, "ALTER SYSTEM SET log_statement = 'all'", "SELECT pg_reload_conf()")
+    with service_over(url) as server:
+        for client in range(4):
+            assert {*mixed_requests(server, client, 12)} == {200, 201, 204}
+        alice = server.user("alice")
+        assert server("DELETE /users/me", alice, password=PASSWORD).status == 204
+    found = statements(own_postgres)
+    kinds = {sql.split()[0] for sql in found}
+    assert kinds >= {"SELECT", "INSERT", "UPDATE", "DELETE"}
+    for sql in found:
+        plan = "\n".join(row[0] for row in execute(url, f"EXPLAIN {sql}"))
+        for table in ("users", "items"):
+            parts = {*re.findall(rf"on ({table}_[0-3])\b", plan)}
+            assert len(parts) <= 1, f"{sql}\n{plan}"
+        if not sql.startswith("INSERT"):  # whose plan does not say where the row goes
+            assert re.search(r"on (users|items)_[0-3]\b", plan), f"{sql}\n{plan}"
+
+
+def statements(postgres: Postgres) -> set[str]:
+    """What the service asked of its tables, from the server's log, with the values."""
+    entry = re.compile(
+        r"LOG:  (?:execute [^:]+|statement): (.*?)\n"
+        r"(?:[^\n]*DETAIL:  [Pp]arameters: (.*?)\n)?(?=\d{4}-|\Z)",
+        re.DOTALL,
+    )
+    found = set()
+    for sql, detail in entry.findall((postgres.folder / "log").read_text()):
+        is_ours = re.search(r"\b(users|items)\b", sql)
+        if is_ours and not sql.startswith(("CREATE", "ALTER", "SELECT pg_")):
+            given = re.findall(r"(\$\d+) = (NULL|'(?:[^']|'')*')", detail)
+            values = dict(given)
+            found.add(re.sub(r"\$\d+", lambda each: values[each[0]], sql))  # noqa: B023
+    return found
+
+
+# ---- Backup and restore -------------------------------------------------------------
+
+
+def command(word: str, begins: str) -> str:
+    """The line of the README's block with this word that begins so."""
+    lines = readme_block("sh", word).splitlines()
+    (line,) = [line for line in lines if line.startswith(begins)]
+    return line
+
+
+def shell(line: str, folder: Path, **environ: str) -> None:
+    subprocess.run(line, shell=True, check=True, cwd=folder, env=os.environ | environ)
+
+
+@needs("sqlite3")
+def test_backup_and_restore_of_sqlite_work_day_after_day(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/todo.db"
+    with service_over(url) as server:
+        token = server.user("alice")
+        for task in ("first", "second"):
+            server("PUT /todos/x", token, task=task)
+            shell(command("VACUUM INTO", "sqlite3 "), tmp_path)
+        server("PUT /todos/x", token, task="lost")
+    for _ in range(2):
+        shell(command("cp backup.db", "rm "), tmp_path)
+        with service_over(url) as server:
+            assert server("GET /todos/x", token).json == {"task": "second"}
+            server("PUT /todos/x", token, task="lost again")
+
+
+def test_backup_and_restore_of_postgresql_work_day_after_day(
+    postgres: Postgres, postgres_url: str, tmp_path: Path
+) -> None:
+    def run_there(line: str) -> None:
+        line = line.replace("postgresql://todo@localhost/todo", f"'{postgres.url}'")
+        shell(line, tmp_path, PATH=f"{postgres.bin}:{os.environ['PATH']}")
+
+    with service_over(postgres.url) as server:
+        token = server.user("alice")
+        for task in ("first", "second"):
+            server("PUT /todos/x", token, task=task)
+            run_there(command("pg_dump", "pg_dump "))
+        server("PUT /todos/x", token, task="lost")
+    for _ in range(2):
+        run_there(command("pg_restore", "pg_restore "))
+        with service_over(postgres.url) as server:
+            assert server("GET /todos/x", token).json == {"task": "second"}
+            server("PUT /todos/x", token, task="lost again")
+
+
+# ---- A container --------------------------------------------------------------------
+
+
+@pytest_root
+def test_what_the_readmes_container_runs_ends_well_as_process_one(
+    tmp_path: Path,
+) -> None:
+    lines = dict(line.split(" ", 1) for line in readme_block("dockerfile").splitlines())
+    assert len(lines) == 6
+    for name in lines["COPY"].split()[:-1]:
+        shutil.copy(ROOT / name, tmp_path)
+    words = [word.strip('" ') for word in lines["CMD"].strip("[]").split(",")]
+    alone = ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-m"]
+    bound = [word.replace(":5000", ":{port}") for word in words]
+    with serve(command=[*alone, *bound], folder=tmp_path) as server:
+        assert server.user("alice")
+        (child,) = (
+            Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
+            .read_text()
+            .split()
+        )
+        os.kill(int(child), signal.SIGTERM)
+        assert server.process.wait(30) == 0
+        assert "Shutting down: Master" in server.log
