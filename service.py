@@ -201,7 +201,10 @@ class Refusal(http.BadRequest):
     """400 with a body of its own, such as {"message": {"task": "Must be text"}}."""
 
     def __init__(self, **data: Any) -> None:
-        super().__init__(str(data.get("message", "")))
+        message = data.get("message", "")
+        if isinstance(message, dict):
+            message = "; ".join(f"{name}: {text}" for name, text in message.items())
+        super().__init__(message)
         self.data = data
 
 
@@ -2059,7 +2062,7 @@ OUR_ROUTES = [
 # resources, so that it cannot drift; and a page that shows it to people.
 
 VARIABLE = re.compile(r"<(?:[^<>:]+:)?([^<>]+)>")
-TAGS = {"type": "string", "pattern": r'^(\*|(W/)?"[!#-~]*"( *, *(W/)?"[!#-~]*")*)$'}
+TAGS = {"type": "string", "pattern": r'^(\*|(W/)?"[!#-~]*"( *, *(W/)?"[!#-~]*")*)?$'}
 TEXT = {"type": "string"}
 ERROR = {"message": {"type": ["string", "object"]}, "error": TEXT}
 ERROR |= {"error_description": TEXT}
@@ -2128,6 +2131,12 @@ def operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
         if route.view is list_items:
             schema = {"type": "object", "additionalProperties": schema}
     success = {} if route.status == 204 else content(schema)
+    responses = {
+        str(route.status): {"description": HTTP_STATUS_CODES[route.status], **success},
+        "default": {"description": "An error", **content(reference("Error"))},
+    }
+    if route.view in (list_items, read_item):
+        responses["304"] = {"description": HTTP_STATUS_CODES[304]}
     described = {
         "operationId": re.sub(r"\W+", "_", route.rule).strip("_").lower(),
         "summary": (route.view.__doc__ or route.rule).strip().split("\n")[0],
@@ -2137,21 +2146,20 @@ def operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
             {"in": place, "name": name, "required": is_required, "schema": schema}
             for place, name, is_required, schema in parameters
         ],
-        "responses": {
-            str(route.status): {
-                "description": HTTP_STATUS_CODES[route.status],
-                **success,
-            },
-            "default": {"description": "An error", **content(reference("Error"))},
-        },
+        "responses": responses,
     }
     if len(arguments) > sum(each.places == ["args"] for each in arguments):
-        name, is_patch = camel(route.rule) + "Body", route.rule.startswith("PATCH")
-        schemas[name] = object_schema(
-            parser_of(*arguments), is_patch and bool(resource)
-        )
-        kinds = PATCHES if is_patch else BODIES
-        described["requestBody"] = content(reference(name), kinds)
+        is_patch = route.rule.startswith("PATCH")
+        body = object_schema(parser_of(*arguments), is_patch and bool(resource))
+        kinds = content(body, BODIES)["content"]
+        if is_patch:  # generators want one name for what two types of JSON share
+            schemas[camel(route.rule) + "Body"] = body
+            shared = reference(camel(route.rule) + "Body")
+            kinds |= content(shared, PATCHES[:2])["content"]
+        described["requestBody"] = {
+            "required": bool(body["required"]),
+            "content": kinds,
+        }
     return described
 
 
@@ -2364,14 +2372,15 @@ def guard(
 
 def remote_keys(url: str) -> FindKey:
     """A function that finds a public key by its kid in the JWK set at a URL."""
-    client = jwt.PyJWKClient(
-        url, timeout=5, cooldown_duration=10, headers={"User-Agent": "todo-service"}
-    )
+    agent = {"User-Agent": "todo-service"}  # firewalls refuse Python's
+    client = jwt.PyJWKClient(url, timeout=5, cooldown_duration=10, headers=agent)
+    lock = threading.Lock()  # so that many who come at once fetch it once
 
     def find(kid: str) -> jwt.PyJWK:
         keys = None
         try:
-            keys = client.get_signing_keys()  # of which none may be right
+            with lock:
+                keys = client.get_signing_keys()  # of which none may be right
             key = client.get_signing_key(kid)
         except (jwt.PyJWTError, ValueError, TypeError, RuntimeError, OSError) as error:
             if keys and not isinstance(error, jwt.PyJWKClientConnectionError):
