@@ -358,7 +358,8 @@ class Station:
         return False
 
     def add_user(self, name: str, role: str) -> None:
-        command = [sys.executable, ROOT / "examples" / "tv_service.py", "adduser", name]
+        program = str(ROOT / "examples" / "tv_service.py")
+        command = [sys.executable, program, "adduser", name]
         subprocess.run(
             [*command, *(["--role", role] if role else [])],
             input=f"{PASSWORD}\n",
@@ -556,7 +557,7 @@ def try_days(lab: Lab, report: Report, seconds: float = 300) -> None:
     lost = len(re.findall(r"toggled: ", told)) - len(changes)
     log = day.service.log.read_text()
     logins = len(re.findall(r"login: user 'watch'", log))
-    tokens = len(re.findall(r" POST /token 200 ", log)) - day.logins
+    tokens = len(re.findall(r" POST '/token' 200 ", log)) - day.logins
     sessions = -(-(time.monotonic() - began) // 60)
     report.row("day: changes of state", "", len(changes), None)
     report.row("day: changes lost", "", lost, 0)
@@ -616,8 +617,7 @@ def try_outages(lab: Lab, report: Report) -> None:
     report.row("a second monitor stood by", "", int(stood_by), None, is_good=stood_by)
     monitor.kill()
     change()
-    time.sleep(8)
-    delivered("first monitor killed: delivered by the second", time.monotonic() - 8)
+    delivered("first monitor killed: delivered by the second", time.monotonic())
     history = [each["state"] for each in station.states()[id]["history"]]
     lost = len(wanted) - len(history)
     report.row("changes lost in outages", "", lost, 0, is_good=history == wanted)

@@ -170,7 +170,8 @@ PLAYLIST_BYTES, SEGMENT_BYTES = 1_000_000, 100_000_000
 FIRST_TARGET = 2.0  # seconds; the target duration until a playlist has said it
 MASTER_LIFE = 60.0  # seconds after which the variants are read again
 FAILING_AFTER = 10.0  # seconds, for the URL itself while its variants are good
-MALFORMED = (ValueError, LookupError, TypeError, AttributeError)  # all m3u8 raises
+STUCK = "no new segment"
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError)  # m3u8 raises these
 
 
 async def fetch(
@@ -212,6 +213,19 @@ async def read_playlist(
         raise Trouble("playlist: malformed") from None
 
 
+async def read_segment(
+    http: httpx2.AsyncClient, segment: m3u8.Segment, seconds: float
+) -> bytes:
+    """The whole of it. Raises Trouble."""
+    try:
+        _, body = await fetch(http, segment.absolute_uri, seconds, SEGMENT_BYTES)
+    except Trouble as trouble:
+        raise Trouble(f"segment: {trouble}") from None
+    except MALFORMED:
+        raise Trouble("segment: malformed URL") from None
+    return body
+
+
 def named_variants(master: m3u8.M3U8) -> dict[str, str]:
     """The variants' URLs, by what tells them apart. Raises Trouble."""
     found: dict[str, str] = {}
@@ -223,6 +237,8 @@ def named_variants(master: m3u8.M3U8) -> dict[str, str]:
             found[name] = each.absolute_uri
     except MALFORMED:
         raise Trouble("playlist: malformed") from None
+    if not found:
+        raise Trouble("playlist: no variants in it")
     return found
 
 
@@ -252,6 +268,12 @@ class Variant:
         return self._had is not None
 
     @property
+    def reason(self) -> str:
+        """Why viewers notice something, if they do."""
+        reason = self.window.reason
+        return f"{self.name}: {reason}" if reason and self.name else reason
+
+    @property
     def is_dead(self) -> bool:
         is_failing = self.failures >= 3 and self.silence > DEAD_AFTER
         return is_failing or self.silence > OFF_AIR_AFTER
@@ -277,12 +299,12 @@ class Variant:
                 raise
             return self.retry_after
         self.failures = 0
-        self.target = float(playlist.target_duration or self.target)
+        self.target = min(max(1.0, playlist.target_duration or self.target), 30.0)
         segments = self._new_segments(playlist)
         for number, segment in segments:
             await self._take(http, number, segment)
         if playlist.is_endlist and segments:  # the last one fills less of a buffer
-            self.had_at -= self.target - min(segments[-1][1].duration, self.target)
+            self.had_at -= self.target - min(self._length(segments[-1][1]), self.target)
         elif not segments and self.silence > 1:
             self.trouble = "the stream has ended" if playlist.is_endlist else STUCK
         return self.target if segments else self.target / 2
@@ -291,6 +313,10 @@ class Variant:
     def retry_after(self) -> float:
         """Soon, since players' buffers are small; later once it is dead."""
         return self.target / (2 if self.is_dead else 6)
+
+    def _length(self, segment: m3u8.Segment) -> float:
+        """In seconds; whatever the playlist says, it is a positive number."""
+        return max(0.1, segment.duration or self.target)
 
     def _new_segments(self, playlist: m3u8.M3U8) -> list[tuple[int, m3u8.Segment]]:
         first = playlist.media_sequence or 0
@@ -316,12 +342,9 @@ class Variant:
         try:
             if segment.gap_tag:
                 raise Trouble("segment: marked as missing")
-            seconds, url = 2 * self.target, segment.absolute_uri
-            try:
-                _, body = await fetch(http, url, seconds, SEGMENT_BYTES)
-            except Trouble as trouble:
-                raise Trouble(f"segment: {trouble}") from None
-            took, duration = self._clock.now - began, segment.duration or self.target
+            body = await read_segment(http, segment, 2 * self.target)
+            took = self._clock.now - began
+            duration = self._length(segment)
             fault = self._look_at(body, segment)
         except Trouble as trouble:
             self.trouble = str(trouble)
@@ -331,7 +354,7 @@ class Variant:
         if not fault and took > duration:
             fault = f"slow: {took:.1f} s for a segment of {duration:.1f} s"
         self.had_at, self._had, self.trouble = self._clock.now, number, ""
-        self.kbps = round(len(body) * 8 / 1000 / max(duration, 0.1))
+        self.kbps = round(len(body) * 8 / 1000 / duration)
         self.window.add(fault)
 
     def _look_at(self, body: bytes, segment: m3u8.Segment) -> str:
@@ -351,13 +374,10 @@ class Variant:
         return f"{errors} continuity errors in a segment" if errors else ""
 
 
-STUCK = "no new segment"
-
-
 # ---- Multicast -----------------------------------------------------------------------
 # The group that the channel is sent on to. A second of it counts as a segment does.
 
-SILENT_AFTER = 4.0  # seconds
+SILENT_AFTER = 3.0  # seconds
 
 
 class Multicast(asyncio.DatagramProtocol):
@@ -377,16 +397,11 @@ class Multicast(asyncio.DatagramProtocol):
         self.cc_errors += self._continuity.feed(data).errors
 
     async def watch(self, group: str, interface: str) -> None:
-        """Join, and judge every second; host:port, whatever stands around it."""
-        found = re.search(r"([0-9.]+):([0-9]+)", group)
-        if not found:
-            self.window.spoil(f"multicast: {group!r} is no address:port")
-            return
-        address, port = found[1], int(found[2])
+        """Join the group, and judge it every second."""
         loop = asyncio.get_running_loop()
         try:
-            receiver = join(address, port, interface)
-        except (OSError, OverflowError) as error:
+            receiver = join(group, interface)
+        except (OSError, ValueError, TypeError) as error:
             self.window.spoil(f"multicast: {error}")
             return
         transport, _ = await loop.create_datagram_endpoint(lambda: self, sock=receiver)
@@ -408,8 +423,10 @@ class Multicast(asyncio.DatagramProtocol):
             self.window.add(f"multicast: {errors} continuity errors" if errors else "")
 
 
-def join(address: str, port: int, interface: str) -> socket.socket:
-    """A socket that hears this group alone, on the interface with this address."""
+def join(group: str, interface: str) -> socket.socket:
+    """A socket that hears udp://@address:port alone, on the interface at an address."""
+    url = urlsplit(group)
+    address, port = str(url.hostname), url.port
     receiver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     try:
         receiver.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -418,7 +435,7 @@ def join(address: str, port: int, interface: str) -> socket.socket:
         receiver.bind((address, port))
         member = socket.inet_aton(address) + socket.inet_aton(interface)
         receiver.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, member)
-    except (OSError, OverflowError):
+    except (OSError, TypeError):
         receiver.close()
         raise
     return receiver
@@ -525,17 +542,13 @@ class Channel:
         for each in dead if len(dead) < len(variants) else []:
             each.window.spoil(f"dead: {each.trouble or STUCK}")
             each.rejoin()
-        reasons = {each.name: each.window.reason for each in variants}
-        if self.multicast:
-            reasons["multicast"] = self.multicast.window.reason
         if self._trouble and self._clock.now - self._failing_since > FAILING_AFTER:
             return DEGRADED, f"nobody can tune in: {self._trouble}"
-        for name, reason in reasons.items():
-            if reason:
-                return DEGRADED, reason if name in (
-                    "",
-                    "multicast",
-                ) else f"{name} {reason}"
+        reasons = [each.reason for each in variants]
+        if self.multicast:
+            reasons.append(self.multicast.window.reason)
+        for reason in filter(None, reasons):
+            return DEGRADED, reason
         if len(dead) == len(variants):  # it will be off-air, or go on
             return self.state, self.reason
         return ON_AIR, ""
@@ -600,18 +613,18 @@ class Service:
     async def request(self, method: str, path: str, **given: Any) -> httpx2.Response:
         """Raises OAuthError if there is no way to log in, HTTPError for much else."""
         url = path if "://" in path else self._url + path
-        for _ in range(2):
-            await self._log_in_if_needed()
-            try:
-                response = await self._http.request(method, url, **given)
-            except OAuthError as error:
-                if error.error != "invalid_grant":
-                    raise
-                self._http.token = None  # the session was ended
-                continue
-            if response.status_code != 401:
-                break
+        await self._log_in_if_needed()
+        try:
+            response: httpx2.Response = await self._http.request(method, url, **given)
+            is_over = response.status_code == 401
+        except OAuthError as error:  # of a refresh
+            if error.error != "invalid_grant":
+                raise
+            is_over = True
+        if is_over:  # the session was ended
             self._http.token = None
+            await self._log_in_if_needed()
+            response = await self._http.request(method, url, **given)
         if response.status_code not in (304, 404, 409, 412):
             response.raise_for_status()
         return response

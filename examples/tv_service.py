@@ -105,10 +105,8 @@ PLAYLIST.add_argument("multicast", type=bool, default=False, location="args")
 PLAYLIST.add_argument("key", default="", location="args")
 
 
-def read_playlist(request: Request) -> Response:
-    """List the channels as M3U; with multicast, by their groups where they have one"""
+def read_playlist(request: Request, key: str) -> Response:
     given = PLAYLIST.parse_args(request)
-    key = os.environ.get("TV_KEY", "")
     if key and not hmac.compare_digest(key.encode(), given["key"].encode()):
         raise http.Forbidden("The key in the URL is wrong")
     lines = ["#EXTM3U"]
@@ -134,26 +132,32 @@ def plain(text: Any, without: str = "") -> str:
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="refresh" content="10"><title>{title}</title><style>
-body {{ font: 16px/1.4 system-ui, sans-serif; margin: 1rem auto; max-width: 60rem;
+body {{ font: 16px/1.4 system-ui, sans-serif; max-width: 60rem; margin: 1rem auto;
   padding: 0 1rem; color: #1b1f24; background: #fff }}
 h1 {{ font-size: 1.4rem }}
 table {{ border-collapse: collapse; width: 100% }}
 th, td {{ text-align: left; padding: .4rem .6rem; border-bottom: 1px solid #d5dae0 }}
-.count {{ text-align: right; white-space: nowrap }}
-b {{ display: inline-block; min-width: 5.5rem; text-align: center; color: #fff;
-  padding: .1rem .4rem; border-radius: .3rem; background: #1a7f37; font-weight: 600 }}
+.n {{ text-align: right; white-space: nowrap }}
+b {{ display: inline-block; min-width: 5.5rem; padding: .1rem .4rem; text-align: center;
+  border-radius: .3rem; color: #fff; background: #1a7f37 }}
 .off-air b {{ background: #b3261e }} .degraded b {{ background: #8a5a00 }}
 .unknown b {{ background: #59636e }}
 @media (max-width: 40rem) {{ thead {{ display: none }}
-  tr {{ display: block; border-bottom: 1px solid #d5dae0; padding: .5rem 0 }}
-  td {{ display: inline; border: 0; padding: 0 .4rem 0 0; overflow-wrap: anywhere }}
-  td:first-child {{ display: block; font-weight: 600 }} }}
+  tr {{ display: flex; flex-wrap: wrap; gap: .1rem .6rem; padding: .5rem 0;
+    border-bottom: 1px solid #d5dae0 }}
+  td {{ border: 0; padding: 0; overflow-wrap: anywhere }}
+  td:empty {{ display: none }} td:first-child {{ width: 100%; font-weight: 600 }}
+  .why {{ order: 1; width: 100% }} }}
 </style><h1>{title}</h1><p>As of {time} UTC.</p>
-<table><thead><tr><th>Channel<th>State<th>Why<th>For<th class="count">kbit/s
-<th class="count">Errors</thead><tbody>{rows}</tbody></table></html>
+<table><thead><tr><th>Channel<th>State<th>Why<th class="n">For<th class="n">Rate
+<th class="n">Stream</thead><tbody>
+{rows}
+</tbody></table></html>
 """
-ROW = """<tr class="{kind}"><td>{name}<td><b>{state}</b><td>{reason}<td>{age}
-<td class="count">{kbps}<td class="count">{errors}"""
+ROW = (
+    '<tr class="{kind}"><td>{name}<td><b>{state}</b><td class="why">{reason}'
+    '<td class="n">{age}<td class="n">{rate}<td class="n">{errors}'
+)
 
 
 def read_status(request: Request) -> Response:
@@ -161,18 +165,19 @@ def read_status(request: Request) -> Response:
     channels, now = enabled_channels(request), request.app.clock()
     channels.sort(key=lambda each: STATES.index(each.state))
     good = sum(each.state == "on air" for each in channels)
-    rows = [
-        ROW.format(
-            kind=each.state.replace(" ", "-"),
-            name=escape(f"{each.item['number'] or ''} {each.item['name']}".strip()),
-            state=each.state,
-            reason=escape(each.report["reason"]),
-            age=ago(now - each.report["since"]) if "since" in each.report else "",
-            kbps=f"{each.report.get('kbps', 0):,} kbit/s",
-            errors=f"{each.report.get('cc_errors', 0):,} errors",
+    rows = []
+    for _, item, report, state in channels:
+        rate, errors = report.get("kbps"), report.get("cc_errors")
+        row = ROW.format(
+            kind=state.replace(" ", "-"),
+            name=escape(f"{item['number'] or ''} {item['name']}".strip()),
+            state=state,
+            reason=escape(report["reason"]),
+            age=ago(now - report["since"]) if "since" in report else "",
+            rate=f"{rate:,} kbit/s" if rate else "",
+            errors=f"{errors:,} errors" if errors else "",
         )
-        for each in channels
-    ]
+        rows.append(row)
     page = PAGE.format(
         title=f"{good} of {len(channels)} channels on air",
         time=time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(now)),
@@ -224,11 +229,19 @@ def read_metrics(request: Request) -> Response:
 # ---- The app -------------------------------------------------------------------------
 
 
-def create_app(settings: service.Settings | None = None, **options: Any) -> service.App:
+def create_app(
+    settings: service.Settings | None = None, key: str | None = None, **options: Any
+) -> service.App:
     """The service with the station's data and views; nobody signs up by himself."""
     settings = replace(settings or service.Settings.from_environ(), signup="closed")
+    key = os.environ.get("TV_KEY", "") if key is None else key
+
+    def list_for_players(request: Request) -> Response:
+        """List the channels for players; with multicast, by their groups"""
+        return read_playlist(request, key)
+
     routes = [
-        Route("GET /channels.m3u", read_playlist, takes=PLAYLIST, is_open=True),
+        Route("GET /channels.m3u", list_for_players, takes=PLAYLIST, is_open=True),
         Route("GET /status", read_status, is_open=True),
         Route("GET /metrics", read_metrics, is_open=True),
     ]

@@ -376,8 +376,8 @@ def test_each_fault_is_told_as_what_it_is_and_so_is_its_end(origin: Origin) -> N
         for name, state in FAULTS.items():
             channel = channels[name]
             await until(lambda: channel.state == state, f"{name} is seen")  # noqa: B023
-        origin.faults.clear()
-        origin.frozen.clear()
+            del origin.faults[paths[name]]
+            origin.frozen.pop(paths[name], None)
         await until(all_are_on_air, "all are on air again")
         for name, channel in channels.items():
             states = history(channel)
@@ -401,10 +401,10 @@ NEWS = {"name": 'News, 24 "HD"', "url": "http://o.example/news.m3u8", "number": 
 class Station:
     """The service with an account for each role; its clock is moved by tests alone."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, key: str = "", **settings: Any) -> None:
         self.now = 1_800_000_000.0
         given = service.Settings(secret_key=SECRET, **settings)
-        self.app = tv_service.create_app(given, clock=lambda: self.now)
+        self.app = tv_service.create_app(given, key, clock=lambda: self.now)
         for name, role in ROLES.items():
             service.add_account(self.app, name, CHEAP_HASH, [role] if role else [])
         self._client = Client(self.app)
@@ -554,11 +554,8 @@ def test_players_see_enabled_channels_in_the_order_of_their_numbers(
     assert names == ["two", "nine", "ten", "none"]
 
 
-def test_the_list_may_need_a_key(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("TV_KEY", "схема")
-    station = Station()
+def test_the_list_may_need_a_key() -> None:
+    station = Station(key="схема")
     assert station("GET /channels.m3u").status_code == 403
     assert station("GET /channels.m3u?key=other").status_code == 403
     assert (
@@ -687,8 +684,7 @@ def test_a_login_is_refreshed_when_its_token_ends_and_not_before(
 ) -> None:
     station = Station(access_ttl=900, refresh_ttl=session_life)
 
-    async def requests() -> None:
-        watch = client(server, "watch")
+    async def requests(watch: Service) -> None:
         for _ in range(
             5
         ):  # by Authlib's default, each in a session's last minute refreshes
@@ -696,7 +692,7 @@ def test_a_login_is_refreshed_when_its_token_ends_and_not_before(
 
     with serving(station) as server:
         station.now = time.time()
-        asyncio.run(requests())
+        asyncio.run(requests(client(server, "watch")))
     assert station.sessions("watch") == [0]
 
 
@@ -704,8 +700,7 @@ def test_a_token_is_refreshed_and_a_session_that_ended_is_begun_anew() -> None:
     station = Station(access_ttl=1, refresh_ttl=1000)
     station.now = time.time()
 
-    async def requests() -> None:
-        watch = client(server, "watch")
+    async def requests(watch: Service) -> None:
         async with asyncio.timeout(10):
             while station.sessions("watch") != [2]:
                 await watch.items("/channels", "")
@@ -716,14 +711,14 @@ def test_a_token_is_refreshed_and_a_session_that_ended_is_begun_anew() -> None:
         await watch.items("/channels", "")
 
     with serving(station) as server:
-        asyncio.run(requests())
+        asyncio.run(requests(client(server, "watch")))
     assert station.sessions("watch") == [0]
 
 
 @asynccontextmanager
 async def monitoring(service: Service) -> AsyncIterator[Monitor]:
     """A monitor that is impatient to take over."""
-    monitor = Monitor(service, "127.0.0.1", patience=2)
+    monitor = Monitor(service, "127.0.0.1", patience=1.5)
     monitor.say = lambda text: None
     task = asyncio.create_task(monitor.run())
     try:
