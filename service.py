@@ -1566,17 +1566,23 @@ def check_preconditions(request: Request, there: Any) -> bool:
     if not (match or none_match):
         return False
     tag = None if there is None else tag_of(line(there))
-    if match and not names(match.replace(f"W/{tag}", ""), tag):
+    if match and not names(match.replace(f"W/{tag}", '""'), tag):
         raise http.PreconditionFailed("If-Match does not name what is there now")
-    is_known = names(none_match or "", tag)
+    is_known = bool(none_match) and names(str(none_match), tag)
     if is_known and request.method not in ("GET", "HEAD"):
         raise http.PreconditionFailed("If-None-Match names what is there now")
     return is_known
 
 
 def names(header: str, tag: str | None) -> bool:
-    """Does * or a list of entity tags name this one?"""
-    return tag is not None and (header.strip() == "*" or tag in header)
+    """Does * or a list of entity tags name this one? 400 for any other text."""
+    if not re.fullmatch(ENTITY_TAGS, header):
+        right = "* or quoted entity tags with commas between"
+        raise http.BadRequest(f"If-Match and If-None-Match take {right}")
+    return tag is not None and (header == "*" or tag in header)
+
+
+ENTITY_TAGS = r'\*|(W/)?"[!#-~]*"( *, *(W/)?"[!#-~]*")*'
 
 
 def error_answer(error: http.HTTPException, oauth: bool = False) -> Response:
@@ -2062,7 +2068,7 @@ OUR_ROUTES = [
 # resources, so that it cannot drift; and a page that shows it to people.
 
 VARIABLE = re.compile(r"<(?:[^<>:]+:)?([^<>]+)>")
-TAGS = {"type": "string", "pattern": r'^(\*|(W/)?"[!#-~]*"( *, *(W/)?"[!#-~]*")*)?$'}
+TAGS = {"type": "string", "pattern": f"^({ENTITY_TAGS})?$"}
 TEXT = {"type": "string"}
 ERROR = {"message": {"type": ["string", "object"]}, "error": TEXT}
 ERROR |= {"error_description": TEXT}

@@ -1,7 +1,9 @@
-"""What the benchmarks share: apps in this process, apps under servers, and what they cost.
+"""What the benchmarks share: apps in this process, apps under servers, and what they
+cost.
 
-Times are taken twice: by the clock, and as processor time, which a busy neighbour on the same
-machine disturbs far less. Ratios are therefore ratios of processor time, unless they say otherwise.
+Times are taken twice: by the clock, and as processor time, which a busy neighbour on
+the same machine disturbs far less. Ratios are therefore ratios of processor time,
+unless they say otherwise.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ sys.path[:0] = [str(ROOT), str(BENCH)]
 
 from peers import ISSUER, SECRET  # noqa: E402
 
-ENVIRON = {  # service.py, set up as the peers are: tokens that outlive the benchmark, no grace
+# service.py, set up as the peers are: tokens outlive the benchmark, and no grace.
+ENVIRON = {
     "SERVICE_SECRET_KEY": SECRET,
     "SERVICE_ISSUER": ISSUER,
     "SERVICE_ACCESS_TTL": "7200",
@@ -81,7 +84,7 @@ def progress(text: str) -> None:
 
 
 class WSGIApp:
-    """An app as a WSGI server calls it. Requests are prepared first and timed afterwards."""
+    """An app as a WSGI server calls it; requests are prepared first, then timed."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -229,8 +232,13 @@ def app_in_process(module: str) -> WSGIApp:
 # ---- Apps under servers --------------------------------------------------------------
 
 
+def environ_without_ours() -> dict[str, str]:
+    ours = ("SERVICE_", "GUNICORN_", "PORT", "WEB_CONCURRENCY", "SCRIPT_NAME")
+    return {name: it for name, it in os.environ.items() if not name.startswith(ours)}
+
+
 class Server:
-    """An app under a server of its own, one worker, on a free port of the loopback interface."""
+    """An app under a server of its own, one worker, on a free port of 127.0.0.1."""
 
     def __init__(self, app: str, command: str, environ: dict[str, str]) -> None:
         with socket.socket() as probe:
@@ -243,7 +251,7 @@ class Server:
         self.process = psutil.Popen(
             [bin / words[0], *words[1:]],
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": path} | environ,
+            env=environ_without_ours() | {"PYTHONPATH": path} | environ,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=self.log,
@@ -289,14 +297,14 @@ class Server:
         return sum(sum(process.cpu_times()[:2]) for process in family)
 
     def memory(self) -> int:
-        """Bytes that its processes hold in memory, shared pages counted once for each."""
+        """Bytes that its processes hold, shared pages counted once for each."""
         family = [self.process, *self.process.children(recursive=True)]
         return sum(process.memory_info().rss for process in family)
 
     def wrk(
         self, *arguments: str, seconds: int, threads: int, connections: int
     ) -> Load:
-        """What a request costs while wrk sends as many as it can; for the arguments see wrk.lua."""
+        """What a request costs while wrk sends as many as it can; see wrk.lua."""
         options = [f"-t{threads}", f"-c{connections}", f"-d{seconds}s", "--timeout=30s"]
         options += ["-s", str(BENCH / "wrk.lua"), f"http://127.0.0.1:{self.port}"]
         cpu = self.cpu()
@@ -310,7 +318,8 @@ class Server:
         return Load(cost, int(count), int(refused), p50, p99)
 
     def stop(self) -> None:
-        self.process.terminate()
+        if self.process.poll() is None:
+            self.process.terminate()
         try:
             self.process.wait(30)
         except psutil.TimeoutExpired:

@@ -2,12 +2,13 @@
 
     python -m venv .bench && .bench/bin/pip install -r bench/requirements.txt
     .bench/bin/python bench/speed.py            # about ten minutes, with wrk installed
-    .bench/bin/python bench/speed.py --quick    # about two, to see whether something changed
+    .bench/bin/python bench/speed.py --quick    # about two, kept nowhere
 
-Every peer is checked to give the same answers, with the same checks of tokens, before it is timed.
-Peers and servers take turns, round after round, so that a busy moment of the machine meets all of
-them; the figures are medians over the rounds. Compare figures of one run only. What is printed is
-kept in speed.json, and drawn in speed.svg, unless the run is a quick one.
+Every peer is checked to give the same answers, with the same checks of tokens, before
+it is timed. Peers and servers take turns, round after round, so that a busy moment of
+the machine meets all of them; the figures are medians over the rounds. Compare figures
+of one run only. What is printed is kept in speed.json, and drawn in speed.svg, unless
+the run is a quick one.
 """
 
 from __future__ import annotations
@@ -49,11 +50,12 @@ APPS = {
     "django_simplejwt": "Django REST + simplejwt",
     "constant": "constant WSGI",
 }
-PACKAGES = (
-    "werkzeug pyjwt gunicorn gevent granian waitress pyuwsgi uvicorn flask flask-restful"
-    " flask-jwt-extended falcon bottle django djangorestframework"
-    " djangorestframework-simplejwt fastapi"
-).split()
+PACKAGES = [
+    *("werkzeug", "pyjwt", "gunicorn", "gevent", "granian", "waitress", "pyuwsgi"),
+    *("uvicorn", "fastapi", "falcon", "bottle", "flask", "flask-restful"),
+    *("flask-jwt-extended", "django", "djangorestframework"),
+    "djangorestframework-simplejwt",
+]
 
 # ---- What is asked -------------------------------------------------------------------
 
@@ -120,7 +122,7 @@ def with_claims(token: str, **claims: Any) -> str:
 
 
 def prepare(app: WSGIApp | Server, name: str) -> dict[str, dict[str, str]]:
-    """Everybody's token pair, once the app has shown that it does what all do, and checks it."""
+    """Everybody's token pair, once the app has shown that it does what all do."""
     if name == "service":  # whose accounts are made by sign-up
         for user in NAMES:
             account = {"username": user, "password": PASSWORD}
@@ -267,7 +269,7 @@ def take_turns(
     turns: list[tuple[str, str, Case]],
     measure: Callable[[str, Case], Cost],
 ) -> Figures:
-    """Medians over rounds, in each of which everybody has a turn; the first one warms up."""
+    """Medians over rounds in which everybody has a turn; the first one warms up."""
     costs: dict[str, dict[str, list[Cost]]] = {}
     for number in range(rounds + 1):
         for title, name, case in turns:

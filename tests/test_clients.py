@@ -158,17 +158,6 @@ def test_a_key_signs_access_tokens_which_others_verify_with_the_key_set_alone(
     assert world("GET /users/me", authorization=f"Bearer {damaged}").status == 401
 
 
-def test_the_key_of_rfc_8037_has_the_thumbprint_that_is_printed_there(
-    tmp_path: Path,
-) -> None:
-    d = base64.urlsafe_b64decode("nWGxne_9WmC6hEr0kuwsxERJxWl7MmkZcDusAxyuf2A=")
-    key = ed25519.Ed25519PrivateKey.from_private_bytes(d)
-    (tmp_path / "rfc.pem").write_bytes(private_pem(key))
-    (found,) = World(signing_key_file=f"{tmp_path}/rfc.pem")(JWKS).json["keys"]
-    assert found["kid"] == "kPrK_qmxVWaYVA9wwBF6Iuo3vVzz7TxHCTwXBygrS4k"
-    assert found["x"] == "11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"
-
-
 def test_several_keys_are_all_published_once_and_the_first_signs(
     tmp_path: Path,
 ) -> None:

@@ -391,11 +391,16 @@ def execute(url: str, *statements: str) -> list[Any]:
         return cursor.fetchall() if cursor.description else []
 
 
-@pytest.fixture
-def own_postgres() -> Iterator[Postgres]:
-    """A PostgreSQL for one test, which may do to it what it likes."""
-    with closing(Postgres("--synchronous_commit=off")) as server:
-        yield server
+@contextmanager
+def configured(postgres: Postgres, setting: str, value: str) -> Iterator[None]:
+    """All its sessions have this setting, until the block ends."""
+    execute(postgres.url, f"ALTER SYSTEM SET {setting} = {value}")
+    execute(postgres.url, "SELECT pg_reload_conf()")
+    try:
+        yield
+    finally:
+        execute(postgres.url, f"ALTER SYSTEM RESET {setting}")
+        execute(postgres.url, "SELECT pg_reload_conf()")
 
 
 def mixed_requests(server: serve, client: int, count: int) -> Counter[int]:
@@ -518,23 +523,19 @@ def test_a_search_path_in_the_url_says_where_the_tables_are(
 
 
 def test_writes_are_503_while_sessions_are_read_only_and_then_go_on(
-    own_postgres: Postgres,
+    postgres: Postgres, postgres_url: str
 ) -> None:
-    def turn(how: str) -> None:
-        setting = f"ALTER SYSTEM SET default_transaction_read_only = {how}"
-        execute(own_postgres.url, setting, "SELECT pg_reload_conf()")
-
-    with service_over(own_postgres.url, "-w", "2") as server:
+    with service_over(postgres.url, "-w", "2") as server:
         token = server.user("alice")
 
         def put() -> int:
             return server("PUT /todos/x", token, task="y").status
 
         assert put() == 201
-        turn("on")
-        eventually(lambda: put() == 503)
-        assert server("PUT /todos/x", token, task="y").headers["Retry-After"]
-        turn("off")
+        with configured(postgres, "default_transaction_read_only", "on"):
+            eventually(lambda: put() == 503)
+            refused = server("PUT /todos/x", token, task="y")
+            assert refused.headers["Retry-After"]
         eventually(lambda: [put() for _ in range(8)] == [201] * 8)
         assert "Traceback" not in server.log
 
@@ -613,6 +614,9 @@ class Writing:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
         self._is_over.set()
         for thread in self._threads:
             thread.join()
@@ -644,21 +648,25 @@ class Writing:
         ]
 
 
-@pytest.mark.parametrize("worker", ["gthread", "gevent"])
-def test_a_failover_loses_nothing_that_was_answered_and_needs_no_restart(
-    worker: str,
-) -> None:
-    flags = ["-w", "2", "-k", worker]
-    with closing(Pair()) as pair, service_over(pair.url, *flags) as server:
-        workers = server.workers
-        with Writing(server) as writing:
+def test_a_failover_loses_nothing_that_was_answered_and_needs_no_restart() -> None:
+    with (
+        closing(Pair()) as pair,
+        service_over(pair.url, "-w", "2", "-k", "gthread") as threads,
+        service_over(pair.url, "-w", "2", "-k", "gevent") as events,
+        Writing(threads) as first,
+        Writing(events) as second,
+    ):
+        workers = [threads.workers, events.workers]
+        for writing in (first, second):
             writing.wait_for(50)
-            pair.fail_over()
+        pair.fail_over()
+        for writing in (first, second):
             writing.wait_for(50)
-        assert {*writing.statuses} <= {201, 503}
-        assert writing.missing == []
-        assert server.workers == workers
-        assert "Traceback" not in server.log
+            writing.stop()
+            assert {*writing.statuses} <= {201, 503}
+            assert writing.missing == []
+            assert "Traceback" not in writing.server.log
+        assert [threads.workers, events.workers] == workers
 
 
 # ---- Many nodes ---------------------------------------------------------------------
@@ -673,21 +681,20 @@ CREATE TABLE {name}_3 PARTITION OF {name} FOR VALUES WITH (MODULUS 4, REMAINDER 
 
 
 def test_over_tables_that_are_split_by_owner_each_statement_touches_one_part(
-    own_postgres: Postgres,
+    postgres: Postgres, postgres_url: str
 ) -> None:
-    url = own_postgres.url
+    url = postgres.url
     with service_over(url) as server:
         server.user("maker")
     for name, column in (("users", "name"), ("items", "owner")):
         execute(url, f"ALTER TABLE {name} RENAME TO whole_{name}")
         execute(url, *PARTS.format(name=name, column=column).split(";"))
-    execute(url, "ALTER SYSTEM SET log_statement = 'all'", "SELECT pg_reload_conf()")
-    with service_over(url) as server:
+    with configured(postgres, "log_statement", "'all'"), service_over(url) as server:
         for client in range(4):
             assert {*mixed_requests(server, client, 12)} == {200, 201, 204}
         alice = server.user("alice")
         assert server("DELETE /users/me", alice, password=PASSWORD).status == 204
-    found = statements(own_postgres)
+    found = statements(postgres)
     kinds = {sql.split()[0] for sql in found}
     assert kinds >= {"SELECT", "INSERT", "UPDATE", "DELETE"}
     for sql in found:
@@ -697,6 +704,7 @@ def test_over_tables_that_are_split_by_owner_each_statement_touches_one_part(
             assert len(parts) <= 1, f"{sql}\n{plan}"
         if not sql.startswith("INSERT"):  # whose plan does not say where the row goes
             assert re.search(r"on (users|items)_[0-3]\b", plan), f"{sql}\n{plan}"
+    execute(url, "DROP TABLE users, items, whole_users, whole_items")
 
 
 def statements(postgres: Postgres) -> set[str]:

@@ -23,7 +23,6 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import psycopg
 import pytest
@@ -89,26 +88,6 @@ def test_keys_come_in_the_order_of_their_creation(store: Any) -> None:
     assert items(store)["a"] == {"task": "overwritten"}
 
 
-def test_a_collection_is_a_mapping_of_ids_to_items(store: Any) -> None:
-    with store.write("alice") as data:
-        todos = data["todos"]
-        assert (len(todos), list(todos), "a" in todos) == (0, [], False)
-        assert (todos.get("a"), todos.pop("a", None)) == (None, None)
-        todos["a"], todos["b"], todos["c"] = {"n": 1}, {"n": 2}, {"n": 3}
-        assert (len(todos), "a" in todos, "d" in todos) == (3, True, False)
-        assert (todos["a"], todos.get("d", {})) == ({"n": 1}, {})
-        assert todos.pop("b") == {"n": 2}
-        assert list(todos.items()) == [("a", {"n": 1}), ("c", {"n": 3})]
-        assert list(todos.values()) == [{"n": 1}, {"n": 3}]
-        with pytest.raises(KeyError, match=r"^'b'$"):
-            todos["b"]
-        with pytest.raises(KeyError, match=r"^'b'$"):
-            del todos["b"]
-        todos["a"]["n"] = 4  # an item may be changed in its place
-        assert len(todos) == 2
-    assert items(store) == {"a": {"n": 4}, "c": {"n": 3}}
-
-
 def test_keys_and_values_are_of_any_script(store: Any) -> None:
     texts = ["ключ", "键", "🗝️", "e\u0301", "é", "'; DROP TABLE items; --", "%s", "\\"]
     for text in texts:
@@ -120,25 +99,8 @@ def test_keys_and_values_are_of_any_script(store: Any) -> None:
     assert json.dumps(items(store)["odd"]) == json.dumps(odd)
 
 
-def test_what_json_cannot_hold_is_refused_with_all_that_the_block_changed(
-    store: Any,
-) -> None:
-    put(store, "a")
-    before = store.read("alice")
-    for value in (float("nan"), {1, 2}, b"bytes", object()):
-        with pytest.raises((TypeError, ValueError)), store.write("alice") as data:
-            data["account"]["hash"] = "changed"
-            data["todos"]["a"] = {"task": "changed"}
-            data["todos"]["b"] = {"a": value}
-        assert store.read("alice") == before
-
-
-@pytest.mark.parametrize(
-    "error", [LookupError, KeyboardInterrupt, service.InvalidToken]
-)
-def test_a_block_that_raises_leaves_nothing_behind(
-    store: Any, error: type[BaseException]
-) -> None:
+@pytest.mark.parametrize("error", [LookupError, KeyboardInterrupt, ValueError])
+def test_a_block_that_raises_leaves_nothing_behind(store: Any, error: Any) -> None:
     put(store, "a", "b")
     with store.write("alice") as data:
         data["sessions"]["s"] = {"gen": 1}
@@ -146,13 +108,14 @@ def test_a_block_that_raises_leaves_nothing_behind(
     for user in ("alice", "new"):
         with pytest.raises(error), store.write(user) as data:
             data["todos"]["a"] = {"task": "changed"}
-            data["todos"]["c"] = {}
+            data["todos"]["c"] = {"what": b"JSON cannot hold"}  # a ValueError
             data["todos"].pop("b", None)
             data["notes"]["n"] = {}
             data["account"]["hash"] = "changed"
             data["sessions"].setdefault("s", {})["gen"] = 2
             data["counters"]["todos"] = {"number": 9}
-            raise error
+            if error is not ValueError:
+                raise error
         with pytest.raises(error), store.write(user) as data:
             data.clear()
             raise error
@@ -191,21 +154,6 @@ def test_nobody_sees_a_write_before_its_block_ends(store: Any) -> None:
     assert seen == [["a"]]
 
 
-def test_no_user_sees_what_another_owns_and_looking_leaves_nothing(store: Any) -> None:
-    names = ["alice", "Alice", "alice ", "alic", "a_ice", "a%"]
-    for name in names:
-        put(store, "a", user=name, owner=name)
-    with store.write("alice") as data:
-        del data["todos"]["a"]
-        data["notes"]["a"] = {"of": "another collection"}
-    for name in names[1:]:
-        assert items(store, name) == {"a": {"owner": name}}
-    assert items(store) == {}
-    with store.write("nobody") as data:
-        assert (dict(data["todos"]), data["account"]) == ({}, {})
-    assert items(store, "nobody") == {}
-
-
 def second(store: Any, url: str) -> Any:
     """The same data as another process has it."""
     return store if url == "memory:" else service.open_store(url)
@@ -230,7 +178,7 @@ class StoreAgainstDict(RuleBasedStateMachine):
     """A store, and a plain dict that is told the same."""
 
     store: Any
-    USERS = st.sampled_from(["u", "v"])
+    USERS = st.sampled_from(["a_b", "a%b", "a b"])
     NAMES = st.sampled_from(["todos", "notes"])
     KEYS = st.sampled_from("abcd")
     VALUES = st.dictionaries(st.text(max_size=3), st.none() | st.integers(), max_size=2)
@@ -349,21 +297,6 @@ def test_a_cursor_outlives_the_item_it_stands_on_and_a_restart(
     assert list(at(worlds, 1, alice)(f"GET {page}").json) == ["todo3", "todo2"]
     created = at(worlds, 1, alice)("POST /todos", {"task": "x"})
     assert created.headers["Location"] == f"{MOUNT}/todos/todo4"
-
-
-def test_a_refused_write_leaves_everything_as_it_was(store: Any) -> None:
-    number = service.Argument("n", lambda value: float(value))
-    numbers = service.Resource("numbers", "number", [number])
-    world = World(store=store, resources=[numbers], max_items=2)
-    alice = world.user()
-    before = alice("GET /numbers")
-    for _ in range(3):
-        assert alice("POST /numbers", {"n": "nan"}).status == 400
-        assert alice("PUT /numbers/x", {"n": 1}, if_match='"x"').status == 412
-    assert alice("GET /numbers").body == before.body
-    created = [alice("POST /numbers", {"n": 1}) for _ in range(3)]
-    assert [answer.status for answer in created] == [201, 201, 403]
-    assert created[0].headers["Location"] == f"{MOUNT}/numbers/number1"
 
 
 @SQL
@@ -763,42 +696,22 @@ def test_a_file_that_is_no_database_is_503(tmp_path: Path) -> None:
     assert world("GET /health").status == 503
 
 
-def test_a_role_may_lack_the_right_to_create_when_the_tables_are_there(
-    postgres_url: str,
-) -> None:
-    World(store=service.open_store(postgres_url)).user("owner")
-    role = f"writer{os.getpid()}"
-    sql(postgres_url, f"CREATE ROLE {role} LOGIN PASSWORD 'x'")
-    try:
-        rights = "SELECT, INSERT, UPDATE, DELETE"
-        sql(postgres_url, f"GRANT {rights} ON ALL TABLES IN SCHEMA public TO {role}")
-        parts = urlsplit(postgres_url)
-        netloc = f"{role}:x@{parts.netloc.rpartition('@')[2]}"
-        world = World(store=service.open_store(parts._replace(netloc=netloc).geturl()))
-        assert world.user()("POST /todos", {"task": "x"}).status == 201
-        assert world("GET /health").status == 200
-    finally:
-        sql(postgres_url, f"DROP OWNED BY {role}")
-        sql(postgres_url, f"DROP ROLE {role}")
+URLS = """
+postgresql://todo:hunter2@127.0.0.1:1/todo
+postgresql://todo@127.0.0.1:1/todo?password=hunter2
+postgresql://todo:hunter2
+postgresql://todo:p@hunter2@127.0.0.1:1/todo
+postgresql://todo:hunter2@127.0.0.1:1/todo?sslmod=require
+"""
 
 
-@pytest.mark.parametrize(
-    "url",
-    [
-        "postgresql://todo:hunter2@127.0.0.1:1/todo",
-        "postgresql://todo@127.0.0.1:1/todo?password=hunter2",
-        "postgresql://todo:hunter2",  # the host was forgotten
-        "postgresql://todo:p@hunter2@127.0.0.1:1/todo",  # an @ that should be %40
-        "postgresql://todo:hunter2@127.0.0.1:1/todo?sslmod=require",
-    ],
-)
+@pytest.mark.parametrize("url", URLS.split())
 def test_no_secret_of_a_url_is_told_anybody(
     url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("DEBUG")
-    told = ""
+    told = repr(service.Settings(secret_key=SECRET, store_url=url))
     try:
-        told += repr(service.Settings(secret_key=SECRET, store_url=url))
         store = service.open_store(url)
         told += repr(store) + World(store=store)("GET /health").text
     except ValueError as error:

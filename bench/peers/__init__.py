@@ -1,15 +1,16 @@
 """The same little service, written with what others use; each file is one peer.
 
-A peer is what a user of its framework would write after reading its documentation: to-dos in dicts,
-tokens signed with HS256, and on every request the checks that service.py makes too, namely the
-signature, the issuer, the audience, the expiry, and whether the token was revoked. Every peer has
-`create_app()`, and answers these, bodies in JSON:
+A peer is what a user of its framework would write after reading its documentation:
+lists in dicts, tokens signed with HS256, and on every request the checks that
+service.py makes too, namely the signature, the issuer, the audience, the expiry, and
+whether the token was revoked. Every peer has `create_app()` and answers, in JSON:
 
-    POST /token          {"grant_type": "password", "username": …, "password": …}
-                         or {"grant_type": "refresh_token", "refresh_token": …}; gives both tokens
-    POST /revoke         the token as bearer and as {"token": …}
-    GET, POST /todos     the items by id; {"task": …}, 201 with Location
-    GET, PUT /todos/<id> the item, or 404 {"message": "Todo <id> doesn't exist"}; 201
+    POST /token        {"grant_type": "password", "username": …, "password": …}
+                       or {"grant_type": "refresh_token", "refresh_token": …}:
+                       an access and a refresh token
+    POST /revoke       the token as bearer and as {"token": …}
+    GET, POST /todos   the items by id; {"task": …}, 201 with Location
+    GET, PUT /todos/id the item, or 404 {"message": "Todo <id> doesn't exist"}; 201
 """
 
 from datetime import timedelta

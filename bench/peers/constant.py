@@ -1,4 +1,5 @@
-"""A limit: a WSGI app that answers every request with the same bytes, and does nothing else."""
+"""A limit: a WSGI app that answers every request with the same bytes, and does nothing
+else."""
 
 from collections.abc import Iterable
 from typing import Any

@@ -1,6 +1,7 @@
 """Django REST framework with simplejwt.
 
-Of simplejwt's ways the fastest is taken: JWTStatelessUserAuthentication, which asks no database.
+Of simplejwt's ways the fastest is taken: JWTStatelessUserAuthentication, which asks no
+database.
 """
 
 from typing import Any
