@@ -2162,10 +2162,8 @@ def operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
             schemas[camel(route.rule) + "Body"] = body
             shared = reference(camel(route.rule) + "Body")
             kinds |= content(shared, PATCHES[:2])["content"]
-        described["requestBody"] = {
-            "required": bool(body["required"]),
-            "content": kinds,
-        }
+        # Not "required": the clients of openapi-python-client would not import then.
+        described["requestBody"] = {"content": kinds}
     return described
 
 
