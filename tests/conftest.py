@@ -119,6 +119,7 @@ class serve:
         command: list[str] | None = None,
         folder: Path = ROOT,
         ready: str = "/health",
+        seconds: float = 30,
         **environ: str,
     ) -> None:
         self.port = free_port()
@@ -128,7 +129,7 @@ class serve:
         self.command = [
             word.replace("{port}", str(self.port)) for word in (*python, *flags)
         ]
-        self.folder, self.ready = folder, ready
+        self.folder, self.ready, self.seconds = folder, ready, seconds
         given = {
             name: word.replace("{port}", str(self.port))
             for name, word in environ.items()
@@ -165,7 +166,7 @@ class serve:
             assert self.process.poll() is None, self.log
             return self("GET " + self.ready).status == 200
 
-        eventually(is_ready, 30)
+        eventually(is_ready, self.seconds)
 
     def stop(self) -> int:
         """End it gracefully, as systemd would; its exit status."""

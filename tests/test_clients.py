@@ -171,7 +171,6 @@ def test_several_keys_are_all_published_once_and_the_first_signs(
 GENPKEY = {
     "Ed25519": "openssl genpkey -algorithm ed25519",
     "P-256": "openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256",
-    "P-256, old form": "openssl ecparam -name prime256v1 -genkey",
     "RSA": "openssl genpkey -algorithm RSA -pkeyopt rsa_keygen_bits:3072",
     "RSA, old form": "openssl genrsa -traditional 2048",
 }
@@ -420,23 +419,16 @@ def key_set(*keys: Any) -> bytes:
 
 
 JUNK = {
-    "no HTTP": b"hello\r\n\r\n",
     "nothing": b"",
     "cut off": b'HTTP/1.0 200 OK\r\nContent-Length: 999\r\n\r\n{"keys": [',
     "bad chunks": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
     "not found": page(b'{"keys": []}', "404 Not Found"),
-    "login page": page(b"<html>", "401 Unauthorized", "WWW-Authenticate: Negotiate"),
-    "no content": b"HTTP/1.0 204 No Content\r\n\r\n",
     "html": page(b"<!doctype html>"),
     "not UTF-8": page(b"\xff\xfe{}"),
     "nested": page(b"[" * 200_000),
-    "a list": page(b"[]"),
-    "null": page(b"null"),
     "no keys": page(b"{}"),
     "empty": page(b'{"keys": []}'),
-    "keys null": page(b'{"keys": null}'),
     "keys a number": page(b'{"keys": 5}'),
-    "keys of text": key_set("x", 5, None, []),
     "key without kty": key_set({"kid": "x", "x": "AA"}),
     "key with a list for kty": key_set({"kty": [], "kid": "x"}),
     "key with half a point": key_set(
@@ -514,10 +506,7 @@ def forgeries(token: str, key: Any, url: str) -> Iterator[tuple[str, str]]:
         "PEM without its last line break": public_bytes(key).strip(),
         "DER": public_bytes(key, pem.Encoding.DER),
         "JWK": json.dumps(public).encode(),
-        "compact JWK": json.dumps(public, separators=(",", ":")).encode(),
-        "x or n": x.encode(),
-        "bytes of x or n": base64.urlsafe_b64decode(x + "=="),
-        "kid": header["kid"].encode(),
+        "x or n": base64.urlsafe_b64decode(x + "=="),
         "nothing": b"",
         "our secret": SECRET.encode(),
     }
@@ -533,16 +522,8 @@ def forgeries(token: str, key: Any, url: str) -> Iterator[tuple[str, str]]:
 
     mine = made("Ed25519#forger")
     certificate = base64.b64encode(public_bytes(mine, pem.Encoding.DER)).decode()
-    wishes: dict[str, Any] = {
-        "jwk": jwk(mine),
-        "jku": url,
-        "x5u": url,
-        "x5c": [certificate],
-        "x5t#S256": "AAAA",
-        "crit": ["jku"],
-        "cty": "JWT",
-        "b64": True,
-    }
+    wishes = {"jwk": jwk(mine), "jku": url, "x5u": url, "x5c": [certificate]}
+    wishes |= {"x5t#S256": "AAAA", "crit": ["jku"], "cty": "JWT", "b64": True}
     for kid in (header["kid"], thumbprint(mine), url, "../../../dev/null", "", None):
         base = {"alg": "EdDSA", "typ": "at+jwt", "kid": kid}
         yield f"kid {kid}", signed(base, claims, mine.sign)

@@ -17,15 +17,17 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
 from urllib.parse import urlencode
 
 import pytest
-from conftest import ROOT, clean_environ, eventually, is_running, run, serve
+from conftest import ROOT, clean_environ, eventually, free_port, is_running, run, serve
 from gunicorn.config import Config
 from werkzeug.datastructures import Headers
 
-from test_service import FORM, JSON, PASSWORD, SECRET, Answer, together
+import service
+from test_service import FORM, JSON, PASSWORD, SECRET, Answer, World, together
 
 BIN = Path(sys.executable).parent
 GUNICORNS = ["gthread", "gevent"]
@@ -658,3 +660,156 @@ def test_the_development_server_too_ends_with_one_line_for_a_bad_setting() -> No
         status, said = run(sys.executable, "service.py", **bad)
         assert (status, said.count("\n")) == (1, 1), said
         assert said.startswith(next(iter(bad)))
+
+
+# ---- The README ---------------------------------------------------------------------
+# Its commands run, its sessions go as printed, its pieces of code are those of files.
+# What it shows of nginx, systemd, containers and backups, test_deployment.py runs.
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"(?ms)^```(\w+)\n(.*?)^```$", README)
+RUN_ELSEWHERE = "SERVICE_PROXIES=1|VACUUM INTO|pg_restore|apt-get|pytest"
+SCRIPTS = [
+    code
+    for language, code in BLOCKS
+    if language == "sh" and not re.search(RUN_ELSEWHERE, code)
+]
+SERVERS_START = (
+    r"(?m)^(.*(?:gunicorn|granian|waitress-serve|service\.py|_\w+\.py)\b.*)$"
+)
+NO_SERVERS = "--check-config|adduser|passwd|deluser|pip install"
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """The repository as its reader has it, with our environment for its .venv."""
+    folder = tmp_path / "todo"
+    kept = ("*.py", "*.toml", "*.md", "LICENSE")
+    for path in [each for kind in kept for each in ROOT.glob(kind)]:
+        (folder / path.name).parent.mkdir(exist_ok=True)
+        shutil.copy(path, folder)
+    shutil.copytree(ROOT / "examples", folder / "examples")
+    (folder / ".venv").symlink_to(sys.prefix)
+    return folder
+
+
+def bash(script: str, folder: Path) -> str:
+    """What a script says; servers go to the background, on ports that are free."""
+    for port in ("5000", "8000"):
+        script = script.replace(f":{port}", f":{free_port()}")
+    ports = re.findall(r"localhost:(\d{5})", script) or [str(free_port())]
+
+    def in_background(match: re.Match[str]) -> str:
+        if re.search(NO_SERVERS, match[1]) or match[1].startswith("#"):
+            return match[0]
+        wait = (
+            "until curl -s localhost:$PORT -o /dev/null; do kill -0 $!; sleep 0.1; done"
+        )
+        return f"{match[1]} >&2 &\n{wait}"
+
+    script = re.sub(SERVERS_START, in_background, script)
+    script = re.sub(
+        r"\S*pip install", f"{sys.executable} -m pip install --dry-run", script
+    )
+    status, said = run(
+        *("bash", "-euc", f"trap 'kill $(jobs -p) 2>/dev/null || :' EXIT\n{script}"),
+        folder=folder,
+        PORT=ports[0],
+        HOME=str(folder),
+        PYTHONPATH=str(folder),
+        SERVICE_SECRET_KEY=SECRET,
+    )
+    assert status == 0, f"{script}\n{said}"
+    assert "does not provide the extra" not in said
+    return said
+
+
+def masked(text: str) -> str:
+    """A session without what is new each time: tokens, dates, times."""
+    text = re.sub(r"eyJ[\w.…-]+", "TOKEN", text.replace("\r\n", "\n"))
+    text = re.sub(r"(?m)^(Date|Server): .*$", r"\1", text)
+    return re.sub(r"17\d{8}|18\d{8}", "TIME", text)
+
+
+@pytest.mark.parametrize("script", SCRIPTS[1:])
+def test_the_commands_of_the_readme_run(clone: Path, script: str) -> None:
+    bash(script, clone)
+
+
+SESSIONS = [code for language, code in BLOCKS if language == "console"]
+
+
+@pytest.mark.parametrize("session", SESSIONS)
+def test_a_session_of_the_readme_goes_as_printed(clone: Path, session: str) -> None:
+    steps = [step.partition("\n") for step in re.split(r"(?m)^\$ ", session)[1:]]
+    with serve(folder=clone, PYTHONPATH=str(clone)) as server:
+        script = "\nprintf '\\0'\n".join(command for command, _, _ in steps)
+        script = script.replace("localhost:5000", f"127.0.0.1:{server.port}")
+        status, said = run("bash", "-euc", script.replace("curl ", "curl -sS "))
+    assert status == 0, said
+    printed = [(command, masked(output)) for command, _, output in steps]
+    outputs = said.split("\0")
+    real = [
+        (command, masked(output))
+        for (command, _, _), output in zip(steps, outputs, strict=True)
+    ]
+    assert real == printed
+
+
+def test_the_first_command_sets_everything_up_and_runs_the_service(clone: Path) -> None:
+    (clone / ".venv").unlink()
+    home = {"PYTHONPATH": "", "HOME": str(clone)}
+    with serve(
+        command=["bash", "-c", SCRIPTS[0]], folder=clone, seconds=300, **home
+    ) as server:
+        token = server.user("alice")
+        assert server("GET /todos/todo3", token).json == {"task": "profit!"}
+
+
+def test_the_second_command_is_what_ci_runs() -> None:
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    second = next(code for language, code in BLOCKS if "pytest" in code)
+    assert [line for line in second.splitlines() if line in lines]
+
+
+@pytest.mark.parametrize(
+    "code", [code for language, code in BLOCKS if language == "python"]
+)
+def test_a_piece_of_code_in_the_readme_is_of_a_file_or_runs(
+    code: str, clone: Path
+) -> None:
+    files = [*ROOT.glob("*.py"), *ROOT.glob("examples/*.py")]
+    if not any(code.strip() in path.read_text() for path in files):
+        (clone / "piece.py").write_text(code)
+        status, said = run(
+            sys.executable, "piece.py", folder=clone, PYTHONPATH=str(clone)
+        )
+        assert status == 0, said
+
+
+def test_every_block_of_the_readme_is_of_a_kind_that_some_test_reads() -> None:
+    deployment = (ROOT / "tests" / "test_deployment.py").read_text()
+    for language, code in BLOCKS:
+        if language not in ("sh", "console", "python", "mermaid"):
+            assert f'"{language}"' in deployment or "not run here" in README, code
+    assert SCRIPTS
+    assert SESSIONS
+
+
+def test_the_tables_of_the_readme_are_those_of_the_service() -> None:
+    settings = {f"SERVICE_{field.name.upper()}" for field in fields(service.Settings)}
+    assert set(re.findall(r"(?m)^\| `(SERVICE_\w+)` \|", README)) == settings
+    rooms = re.findall(r"(?m)^# ---- (.+?) -+$", (ROOT / "service.py").read_text())
+    listed = [
+        name
+        for name in re.findall(r"(?m)^\| ([A-Z][^|]*?) \|", README)
+        if name in rooms
+    ]
+    assert listed == rooms
+    paths = World()("GET /openapi.json").json["paths"]
+    operations = {
+        f"{method.upper()} {path}" for path in paths for method in paths[path]
+    }
+    rows = re.findall(r"(?m)^\| (`[A-Z]+ /[^|]*) \|", README)
+    named = re.findall(r"`([A-Z]+ /[^` ?]*)", "".join(rows))
+    assert operations <= {re.sub("<(.*?)>", r"{\1}", each) for each in named}
