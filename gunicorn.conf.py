@@ -27,7 +27,7 @@ wsgi_app = "service:create_app()"
 
 
 def store_of_app() -> str:
-    """The URL of the store of the app to be served; ends the start if the app refuses.
+    """How the URL of the app's store begins; ends the start if the app refuses.
 
     Asked in a process of its own. The workers import the app themselves, so HUP brings
     changed files, and nothing is made or opened as the user who starts gunicorn.
@@ -50,22 +50,24 @@ def store_of_app() -> str:
 
 
 def ask_app() -> tuple[bool, str]:
-    """Whether the app can be made, and the URL of its store or what is wrong."""
+    """Whether the app can be made, and what store it has or what is wrong."""
     words = shlex.split(os.environ.get("GUNICORN_CMD_ARGS", "")) + sys.argv[1:]
     flags = Config().parser().parse_args(words)
     os.environ.update(pair.split("=", 1) for pair in flags.raw_env or [])
     os.chdir(flags.chdir or ".")
-    sys.path.insert(0, os.getcwd())
-    store = None
+    sys.path[:0] = [os.getcwd(), *(flags.pythonpath or "").split(",")]
+    # What wraps our app does not show its store.
+    store = os.environ.get("SERVICE_STORE_URL") or "memory:"
+    kinds = {"MemoryStore": "memory:", "SQLiteStore": "sqlite:"}
     try:
         app = util.import_app(flags.args[-1] if flags.args else wsgi_app)
-        store = getattr(app, "store", None)  # what wraps our app may not show it
+        if hasattr(app, "store"):
+            store = kinds.get(type(app.store).__name__, "another")
     except (ValueError, SystemExit) as error:
         return False, str(error)
     except Exception:
         pass  # a bug, or a name that is not there: a worker tells it, with its place
-    named = os.environ.get("SERVICE_STORE_URL") or "memory:"
-    return True, getattr(store, "url", named)
+    return True, store
 
 
 def number(variable: str, default: int, least: int, most: int) -> int:
@@ -76,8 +78,8 @@ def number(variable: str, default: int, least: int, most: int) -> int:
     return int(text)
 
 
-store_url = store_of_app()
-in_memory = store_url == "memory:"
+store = store_of_app()
+in_memory = store == "memory:"
 if in_memory and not os.environ.get("SERVICE_SECRET_KEY"):
     # Made before any worker: one secret for all that come, and after HUP.
     os.environ["SERVICE_SECRET_KEY"] = secrets.token_hex(32)
@@ -179,7 +181,7 @@ if find_spec("gevent"):
 
     SUPPORTED_WORKERS["gevent"] = f"{__name__}.GeventWorker"
 
-is_evented = find_spec("gevent") and not store_url.startswith("sqlite:")
+is_evented = find_spec("gevent") and not store.startswith("sqlite:")
 worker_class = "gevent" if is_evented else "gthread"
 threads = 32  # of which at most half wait for their turn to hash a password
 # Most systems give 1,024 files, though a program may take more; accept() without a free

@@ -32,7 +32,7 @@ import sys
 import threading
 import time
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
@@ -1304,15 +1304,17 @@ class Passwords:
 
     def __init__(self, clock: Clock) -> None:
         self._clock, self._lock = clock, threading.Lock()
-        self._turns, self._places = threading.Semaphore(2), threading.Semaphore(18)
+        self._turns, self._inside = threading.Semaphore(2), Counter[str]()
         self._wrong: dict[tuple[str, str], tuple[int, float, int]] = {}
 
     @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """503 at once if 16 wait already, or once the wait takes 5 s."""
+    def _turn(self, client: str) -> Iterator[None]:
+        """503 at once if 16 wait already, or 8 from there; or once the wait takes 5 s."""
         busy = http.ServiceUnavailable("Too many passwords to check", retry_after=5)
-        if not self._places.acquire(blocking=False):
-            raise busy
+        with self._lock:
+            if self._inside.total() >= 18 or self._inside[client] >= 9:
+                raise busy
+            self._inside[client] += 1
         try:
             if not self._turns.acquire(timeout=5):
                 raise busy
@@ -1321,11 +1323,12 @@ class Passwords:
             finally:
                 self._turns.release()
         finally:
-            self._places.release()
+            with self._lock:
+                self._inside -= Counter([client])  # which forgets who has none
 
-    def hash(self, password: str) -> str:
+    def hash(self, password: str, address: str = "") -> str:
         """A salted scrypt hash."""
-        with self._turn():
+        with self._turn(network(address)):
             return generate_password_hash(password)
 
     def match(self, hash: str | None, password: str, name: str, address: str) -> bool:
@@ -1337,7 +1340,7 @@ class Passwords:
         client = network(address)
         limits = {(client, name[:65]): 10, (client, ""): 100}
         self._refuse_guesses(limits, name, address)  # before any waiting
-        with self._turn():
+        with self._turn(client):
             self._refuse_guesses(limits, name, address)  # meanwhile others were wrong
             is_right = check_password_hash(hash or NO_HASH, password) and bool(hash)
             with self._lock:
@@ -1695,8 +1698,10 @@ def read_index(request: Request) -> Response:
 
 def read_health(request: Request) -> Response:
     """Whether the service and its store answer, and can be written"""
-    with request.app.store.write("", NO_ITEMS):
-        return answer({"status": "ok"})
+    with request.app.store.write("", NO_ITEMS) as data:
+        # What changes is committed, and a full disk shows; once in 5 s is enough.
+        data["counters"]["health"] = {"checked": request.app.clock() // 5}
+    return answer({"status": "ok"})
 
 
 def create_user(request: Request) -> Response:
@@ -1705,7 +1710,8 @@ def create_user(request: Request) -> Response:
         raise http.Forbidden("Sign-up is closed: ask the operator for an account")
     given = request.parse(SIGN_UP)
     password = new_password(given.username, given.password)
-    add_account(request.app, given.username, request.app.passwords.hash(password))
+    hash = request.app.passwords.hash(password, request.remote_addr or "")
+    add_account(request.app, given.username, hash)
     request.log("sign-up", given.username)
     return answer({"username": given.username}, 201)
 
@@ -1738,7 +1744,7 @@ def change_password(request: Request) -> Response:
     given = request.parse(CHANGE)
     account = check_password(request, request.user, given.password)
     password = new_password(request.user, given.new_password, "new_password")
-    hash = request.app.passwords.hash(password)
+    hash = request.app.passwords.hash(password, request.remote_addr or "")
     with request.write(NO_ITEMS) as data:
         refuse_change(data, account)
         data["account"]["hash"] = hash
