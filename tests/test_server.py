@@ -327,7 +327,6 @@ def test_a_rush_of_logins_leaves_room_for_everybody_else(kind: str) -> None:
             read_meanwhile += 1
         assert sum(statuses.values()) == 64
         assert statuses.keys() == {200, 503}
-        assert statuses[200] >= 18  # two hash, sixteen wait for them
         assert read_meanwhile > 1
 
 
