@@ -498,8 +498,11 @@ def assert_kept(server: serve, token: str, acknowledged: dict[str, str]) -> None
     assert len(set(there.values())) == len(there)
 
 
-@SQL
-@pytest.mark.parametrize("kind", ["gthread", "gevent"])
+@pytest.mark.parametrize(
+    ("store_url", "kind"),
+    [("sqlite", "gthread"), ("postgres", "gevent")],
+    indirect=["store_url"],
+)
 def test_kill_9_loses_nothing_that_was_acknowledged(store_url: str, kind: str) -> None:
     flags = ("-k", kind, "-w", "3")
     with serve(*flags, **environ(store_url)) as server:
