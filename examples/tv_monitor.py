@@ -39,6 +39,7 @@ from authlib.integrations.httpx_client import AsyncOAuth2Client, OAuthError
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 ON_AIR, DEGRADED, OFF_AIR, UNKNOWN = "on air", "degraded", "off-air", "unknown"
 
@@ -103,7 +104,7 @@ class Continuity:
         self._last: dict[int, tuple[int, bytes]] = {}  # PID: its counter and its packet
 
     def feed(self, data: bytes) -> Packets:
-        """Look at whole packets. At real rates this is the monitor's largest cost."""
+        """Look at whole packets, about five million a second."""
         counters = {pid: counter for pid, (counter, _) in self._last.items()}
         offsets: dict[int, int] = {}
         errors = scrambled = 0
@@ -516,7 +517,8 @@ class Channel:
 
     def judge(self) -> bool:
         """Look at all there is; has the state changed?"""
-        state, self.reason = self._judge()
+        state, reason = self._judge()
+        self.reason = " ".join(reason.split())[:200]
         if state == self.state:
             return False
         self.state, self.since = state, int(time.time())
@@ -563,8 +565,8 @@ class Channel:
 
     @property
     def cc_errors(self) -> int:
-        errors = self._cc_before
-        errors += sum(each.cc_errors for each in self.variants.values())
+        """Those that this monitor saw."""
+        errors = sum(each.cc_errors for each in self.variants.values())
         return errors + (self.multicast.cc_errors if self.multicast else 0)
 
     def continue_from(self, report: dict[str, Any]) -> None:
@@ -580,7 +582,8 @@ class Channel:
         self.history = merged
         if merged and merged[-1]["state"] == self.state:
             self.since = merged[-1]["since"]
-        self._cc_before = report["cc_errors"] or 0
+        before = (report["cc_errors"] or 0) - self.cc_errors
+        self._cc_before = max(self._cc_before, before)
 
     @property
     def report(self) -> dict[str, Any]:
@@ -589,7 +592,7 @@ class Channel:
             "url": self.item["url"],
             "checked": int(time.time()),
             "kbps": self.kbps,
-            "cc_errors": self.cc_errors,
+            "cc_errors": self._cc_before + self.cc_errors,
             "history": self.history,
         }
 
@@ -728,11 +731,14 @@ class Monitor:
                     await self._report()
             except httpx2.HTTPStatusError as error:
                 problem = f"HTTP {error.response.status_code}"
-                wait = min(float(error.response.headers.get("Retry-After", 1)), 30)
+                after = error.response.headers.get("Retry-After", "")
+                wait = min(int(after), 30) if after.isdecimal() else 1
             except httpx2.HTTPError as error:
                 problem, wait = str(error) or type(error).__name__, 1
             except OAuthError as error:
                 problem, wait = str(error), 30
+            except MALFORMED:  # such as what a proxy says in the service's place
+                problem, wait = "an answer that is not the service's", 5
             if problem:
                 self._states = None
             if problem != self.problem:
@@ -819,7 +825,7 @@ class Monitor:
                 "PUT", path, json=channel.report, headers=match
             )
         except (httpx2.HTTPError, OAuthError):
-            self._due[id] = NOTHING
+            self._due[id] = time.monotonic() + 1  # after all that wait
             raise
         if response.status_code == 412:
             self.is_active, self._states = False, None
@@ -846,7 +852,8 @@ async def show(monitor: Monitor) -> None:
 
 def table(monitor: Monitor, last: deque[str]) -> Table:
     role = "reports" if monitor.is_active else "stands by"
-    shown = Table(title=f"This monitor {role}", caption="\n".join(last), expand=True)
+    notes = Text("\n".join(last))
+    shown = Table(title=f"This monitor {role}", caption=notes, expand=True)
     for name in ("channel", "state", "reason", "for"):
         shown.add_column(name)
     for name in ("kbit/s", "errors"):
@@ -856,9 +863,9 @@ def table(monitor: Monitor, last: deque[str]) -> Table:
         monitor.channels.values(), key=lambda each: trouble_first(each.state)
     ):
         shown.add_row(
-            channel.item["name"],
-            f"[{COLOURS[channel.state]}]{channel.state}",
-            channel.reason,
+            Text(channel.item["name"]),
+            Text(channel.state, COLOURS[channel.state]),
+            Text(channel.reason),
             ago(int(time.time()) - channel.since),
             f"{channel.kbps:,}",
             f"{channel.cc_errors:,}",

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hmac
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -252,4 +253,8 @@ def create_app(
 
 
 if __name__ == "__main__":
-    service.main(create_app())
+    try:
+        app = create_app()
+    except ValueError as error:  # a bad setting
+        sys.exit(str(error))
+    service.main(app)
