@@ -738,7 +738,7 @@ class Monitor:
             except OAuthError as error:
                 problem, wait = str(error), 30
             except MALFORMED:  # such as what a proxy says in the service's place
-                problem, wait = "an answer that is not the service's", 5
+                problem, wait = "an answer that is not the service's", 1
             if problem:
                 self._states = None
             if problem != self.problem:
@@ -817,22 +817,19 @@ class Monitor:
                 channel.continue_from(response.json())
         etag = self._etags.pop(id)  # if no answer comes, the next try looks first
         match = {"If-Match": etag} if etag else {"If-None-Match": "*"}
-        # What changes while the report is on its way is due again.
-        self._due[id] = self._reported_at = time.monotonic()
-        self._due[id] += REPORT_EVERY
-        try:
-            response = await self._service.request(
-                "PUT", path, json=channel.report, headers=match
-            )
-        except (httpx2.HTTPError, OAuthError):
-            self._due[id] = time.monotonic() + 1  # after all that wait
-            raise
+        self._due[id] = time.monotonic() + 1  # if this fails: again, after the others
+        response = await self._service.request(
+            "PUT", path, json=channel.report, headers=match
+        )
         if response.status_code == 412:
             self.is_active, self._states = False, None
             self._etags.clear()
             self.say("another monitor reports: this one stands by")
         else:
             self._etags[id] = response.headers["ETag"]
+            self._reported_at = time.monotonic()
+            if self._due[id] > NOTHING:  # nothing changed meanwhile
+                self._due[id] = self._reported_at + REPORT_EVERY
 
 
 # ---- The terminal --------------------------------------------------------------------

@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,6 +23,8 @@ from typing import Any
 import httpx2
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
+from werkzeug import Response
 from werkzeug.serving import BaseWSGIServer, make_server
 from werkzeug.test import Client, TestResponse
 
@@ -636,8 +639,8 @@ def test_the_description_tells_of_the_stations_own_routes(station: Station) -> N
 
 
 @contextmanager
-def serving(station: Station, port: int = 0) -> Iterator[BaseWSGIServer]:
-    server = make_server("127.0.0.1", port, station.app, threaded=True)
+def serving(app: Any, port: int = 0) -> Iterator[BaseWSGIServer]:
+    server = make_server("127.0.0.1", port, app, threaded=True)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
     try:
@@ -650,7 +653,7 @@ def serving(station: Station, port: int = 0) -> Iterator[BaseWSGIServer]:
 
 @pytest.fixture
 def server(station: Station) -> Iterator[BaseWSGIServer]:
-    with serving(station) as server:
+    with serving(station.app) as server:
         yield server
 
 
@@ -690,7 +693,7 @@ def test_a_login_is_refreshed_when_its_token_ends_and_not_before(
         ):  # by Authlib's default, each in a session's last minute refreshes
             await watch.items("/channels", "")
 
-    with serving(station) as server:
+    with serving(station.app) as server:
         station.now = time.time()
         asyncio.run(requests(client(server, "watch")))
     assert station.sessions("watch") == [0]
@@ -710,9 +713,24 @@ def test_a_token_is_refreshed_and_a_session_that_ended_is_begun_anew() -> None:
             data["sessions"].clear()
         await watch.items("/channels", "")
 
-    with serving(station) as server:
+    with serving(station.app) as server:
         asyncio.run(requests(client(server, "watch")))
     assert station.sessions("watch") == [0]
+
+
+def test_the_table_shows_names_as_they_are_and_trouble_first(origin: Origin) -> None:
+    monitor = Monitor(Service(origin.url, "watch", PASSWORD), "127.0.0.1")
+    tls = httpx2.create_ssl_context()
+    for name, state in (("Fine", "on air"), ("[red]Bad[/b]", "off-air")):
+        item = {"name": name, "url": origin.url}
+        monitor.channels[name] = channel = Channel(item, monitor.clock, tls)
+        channel.state, channel.reason = state, f"[{state}]"
+    console = Console(width=120)
+    with console.capture() as captured:
+        console.print(tv_monitor.table(monitor, deque(["[/i] said"])))
+    shown = captured.get()
+    assert shown.index("[red]Bad[/b]") < shown.index("[off-air]") < shown.index("Fine")
+    assert "[/i] said" in shown
 
 
 @asynccontextmanager
@@ -743,18 +761,20 @@ def test_reports_survive_the_ends_of_the_service_and_of_a_monitor(
         url = f"http://127.0.0.1:{port}"
         async with AsyncExitStack() as stack:
             async with monitoring(Service(url, "watch", PASSWORD)) as first:
-                with serving(station, port):
+                with serving(station.app, port):
                     await until(lambda: states() == ["on air"], "a first report")
                     standing_by = monitoring(Service(url, "spare", PASSWORD))
                     second = await stack.enter_async_context(standing_by)
                     await until(lambda: second.channels, "the second one watches")
                 origin.faults["c"] = "playlist 500"
+                with serving(Response("<h1>Back soon</h1>"), port):  # a proxy's page
+                    await until(lambda: first.problem.startswith("an answer"), "it")
                 await until(lambda: first.channels[id].state == "off-air", "a fault")
-                with serving(station, port):
+                with serving(station.app, port):
                     await until(lambda: states() == ["on air", "off-air"], "a report")
                     assert not second.is_active
             origin.faults.clear()
-            with serving(station, port):
+            with serving(station.app, port):
                 expected = ["on air", "off-air", "on air"]
                 await until(lambda: states() == expected, "the second one's report")
                 assert second.is_active
