@@ -1099,6 +1099,8 @@ def main() -> int:
     options = parser.parse_args()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    # Whoever ends it ends its servers with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))
     rows = []
     with closing(postgres):
         for _section in options.sections or SECTIONS:

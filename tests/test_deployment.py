@@ -184,7 +184,9 @@ def test_a_body_too_large_is_refused_behind_nginx_and_the_client_reads_it(
 
 
 @needs("nginx")
-def test_behind_nginx_a_thousand_stalled_clients_hold_nobody_up(proxied: serve) -> None:
+def test_behind_nginx_200_stalled_clients_hold_nobody_up(
+    proxied: serve,
+) -> None:
     body = (
         b"POST /api/token HTTP/1.1\r\nHost: todo.example\r\nContent-Length: 99\r\n\r\nx"
     )
@@ -233,7 +235,7 @@ def test_gzip_in_nginx_leaves_etags_as_they_are(proxied: serve) -> None:
 # The unit of the README, its mounts and its user played by unshare and setpriv; in a
 # namespace of its own, so that nothing is left of them.
 
-pytest_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may play systemd")
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may play systemd")
 
 
 class Machine:
@@ -294,7 +296,7 @@ def unit_environ() -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines) | {"SERVICE_SECRET_KEY": SECRET}
 
 
-@pytest_root
+@needs_root
 @needs("setpriv", "util-linux")
 def test_the_readmes_unit_starts_says_so_reloads_and_ends(tmp_path: Path) -> None:
     unit = dict(unit_lines())
@@ -348,7 +350,7 @@ def test_the_readmes_unit_starts_says_so_reloads_and_ends(tmp_path: Path) -> Non
             assert "Traceback" not in server.log
 
 
-@pytest_root
+@needs_root
 def test_gunicorn_that_root_starts_with_a_user_writes_files_of_that_user(
     tmp_path: Path,
 ) -> None:
@@ -362,7 +364,6 @@ def test_gunicorn_that_root_starts_with_a_user_writes_files_of_that_user(
         assert {path.owner() for path in folder.iterdir()} == {"nobody"}
 
 
-@pytest_root
 def test_the_unit_gives_what_is_in_flight_its_time() -> None:
     unit = dict(unit_lines())
     shown = subprocess.run(
@@ -778,7 +779,7 @@ def test_backup_and_restore_of_postgresql_work_day_after_day(
 # ---- A container --------------------------------------------------------------------
 
 
-@pytest_root
+@needs_root
 def test_what_the_readmes_container_runs_ends_well_as_process_one(
     tmp_path: Path,
 ) -> None:
