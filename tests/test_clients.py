@@ -613,10 +613,10 @@ def test_the_service_lives_under_a_prefix_of_every_kind_of_host(host: str) -> No
         changed = server("PATCH /api/todos/todo4", token, json={"task": "else"})
         assert (changed.status, changed.json) == (200, {"task": "else"})
         assert server("GET /api/todos/todo4", token).json == {"task": "else"}
-        chunked = server("PATCH /api/todos/todo4", token, body=iter([b'{"task": "x"}']),
-                         headers={"Content-Type": "application/json"})  # fmt: skip
+        kind, body = {"Content-Type": "application/json"}, iter([b'{"task": "x"}'])
+        chunked = server("PATCH /api/todos/todo4", token, body=body, headers=kind)
         whole = {"task": "x" if chunked.status == 200 else "else"}
-        assert chunked.status in (200, 411)
+        assert chunked.status in (200, 411, 0)  # 0: it was told while it still sent
         assert server("GET /api/todos/todo4", token).json == whole
         assert server("DELETE /api/todos/todo4", token).status == 204
         challenge = server("GET /api/todos").headers["WWW-Authenticate"]

@@ -18,7 +18,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -550,20 +550,24 @@ def test_while_postgres_is_away_there_is_503_and_then_all_goes_on(
         assert_kept(server, token, writers.acknowledged)
 
 
-def test_a_database_that_is_down_at_the_start_may_come_up_later(
+def test_a_database_may_be_down_at_the_start_and_start_anew_at_any_time(
     postgres: Postgres,
 ) -> None:
     sql(postgres.url, "CREATE DATABASE later")
     postgres.stop()
     try:
-        world = World(
-            store=service.open_store(postgres.url.replace("/postgres?", "/later?"))
-        )
+        url = postgres.url.replace("/postgres?", "/later?")
+        world = World(store=service.open_store(url))
         assert world("GET /health").status == 503
     finally:
         postgres.start()
     eventually(lambda: world("GET /health").status == 200, 5)
-    assert world.user()("POST /todos", {"task": "x"}).status == 201
+    alice = world.user()
+    together(4, lambda n: alice("GET /todos"))  # so that some connections wait
+    postgres.stop("QUIT")
+    postgres.start()
+    for _ in range(4):
+        assert alice("POST /todos", {"task": "x"}).status == 201
 
 
 def test_a_database_that_accepts_and_then_says_nothing_is_503() -> None:
@@ -597,12 +601,16 @@ def test_a_connection_lost_inside_a_transaction_is_503_and_leaves_nothing(
     assert list(alice("GET /todos").json)[3:] == ["half", "other"]
 
 
-def test_more_requests_than_connections_wait_for_each_other(postgres_url: str) -> None:
+def test_when_all_connections_are_taken_there_is_503_until_one_is_free(
+    postgres_url: str,
+) -> None:
     alice = World(store=service.open_store(postgres_url)).user()
-    statuses = together(60, lambda n: alice("GET /todos/todo1").status)
-    assert {*statuses} == {200}
-    in_use = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
-    assert sql(postgres_url, in_use)[0][0] < 25
+    assert {*together(40, lambda n: alice("GET /todos/todo1").status)} == {200}
+    with ExitStack() as busy:
+        for n in range(15):
+            busy.enter_context(alice.world.store.write(f"user{n}"))
+        assert alice("GET /todos/todo1").status == 503
+    assert alice("GET /todos/todo1").status == 200
 
 
 # ---- Broken rows, files and rights --------------------------------------------------
