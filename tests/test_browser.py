@@ -17,9 +17,7 @@ def site(request: pytest.FixtureRequest) -> Iterator[serve]:
         yield running
 
 
-def test_people_log_in_and_create_a_todo_on_the_page(
-    browser: Browser, site: serve
-) -> None:
+def test_people_log_in_and_create_a_todo(browser: Browser, site: serve) -> None:
     assert site("POST /users", username="alice", password=PASSWORD).status == 201
     browser.open(site.url + "/")
     assert browser.driver.current_url == site.url + "/docs", (
@@ -51,9 +49,7 @@ def test_people_log_in_and_create_a_todo_on_the_page(
     assert site("GET /todos/todo4", token).json == {"task": "buy milk"}
 
 
-def test_an_operation_on_an_item_is_ready_to_run_as_the_page_fills_it_in(
-    browser: Browser, site: serve
-) -> None:
+def test_an_operation_is_ready_to_run_as_filled(browser: Browser, site: serve) -> None:
     """What is filled in names an item, and no precondition that would fail."""
     browser.open(site.url + "/docs")
     update = "#swagger-ui [id$=patch_todos_id]"
@@ -114,9 +110,7 @@ return [
 """
 
 
-def test_a_page_of_a_listed_origin_works_and_one_of_another_cannot(
-    browser: Browser,
-) -> None:
+def test_a_page_of_a_listed_origin_works_and_no_other(browser: Browser) -> None:
     with (
         Canned(lambda: EMPTY) as listed,
         Canned(lambda: EMPTY) as other,

@@ -133,9 +133,7 @@ def signing(folder: Path, *names: str, **options: Any) -> World:
 
 @KINDS
 @pytest.mark.filterwarnings("ignore:EdDSA is deprecated")  # which joserfc still reads
-def test_a_key_signs_access_tokens_which_others_verify_with_the_key_set_alone(
-    tmp_path: Path, kind: str
-) -> None:
+def test_a_key_signs_tokens_that_others_verify(tmp_path: Path, kind: str) -> None:
     world, key = signing(tmp_path, kind), made(kind)
     keys, token = world(JWKS), world.user().access_token
     members = {"kid": thumbprint(key), "use": "sig", "alg": ALGORITHMS[kind]}
@@ -158,9 +156,7 @@ def test_a_key_signs_access_tokens_which_others_verify_with_the_key_set_alone(
     assert world("GET /users/me", authorization=f"Bearer {damaged}").status == 401
 
 
-def test_several_keys_are_all_published_once_and_the_first_signs(
-    tmp_path: Path,
-) -> None:
+def test_several_keys_are_published_once_and_the_first_signs(tmp_path: Path) -> None:
     names = ("P-256", "RSA", "Ed25519", "P-256")
     world = signing(tmp_path, *names)
     found = [key["alg"] for key in world(JWKS).json["keys"]]
@@ -203,9 +199,7 @@ def test_refresh_tokens_stay_with_the_secret(tmp_path: Path, kind: str) -> None:
     assert parts_of(alice.refresh().access_token)[0]["alg"] == ALGORITHMS[kind]
 
 
-def test_a_first_signing_key_ends_hs256_access_tokens_but_no_session(
-    tmp_path: Path,
-) -> None:
+def test_a_first_signing_key_ends_access_tokens_but_no_session(tmp_path: Path) -> None:
     before = World()
     old = before.user()
     after = signing(tmp_path, "Ed25519", store=before.store, clock=before.clock)
@@ -257,9 +251,7 @@ FAULTS: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_key_that_cannot_do_is_one_line_that_names_variable_and_file(
-    tmp_path: Path, fault: str
-) -> None:
+def test_a_bad_key_is_a_line_with_variable_and_file(tmp_path: Path, fault: str) -> None:
     path = tmp_path / "key.pem"
     path.write_bytes(FAULTS[fault]())
     for bad in (path, tmp_path / "missing.pem", tmp_path, tmp_path / ("x" * 300)):
@@ -333,9 +325,7 @@ def test_a_login_opens_the_shop_which_sees_the_user_and_the_claims(shop: Shop) -
     assert shop(World(audience=SHOP).user().access_token).status == 401  # by a secret
 
 
-def test_the_shop_closes_when_the_access_token_expires_after_a_logout(
-    shop: Shop,
-) -> None:
+def test_the_shop_closes_within_an_access_life_of_a_logout(shop: Shop) -> None:
     alice = shop.login.user()
     shop.login("POST /revoke", form={"token": alice.access_token})
     assert not alice.is_in
@@ -345,9 +335,7 @@ def test_the_shop_closes_when_the_access_token_expires_after_a_logout(
     assert shop(alice.access_token).status == 401
 
 
-def test_keys_are_fetched_when_they_are_needed_and_kept_for_300_seconds(
-    shop: Shop,
-) -> None:
+def test_keys_are_fetched_when_needed_and_kept_for_300_seconds(shop: Shop) -> None:
     for each in (None, "junk", "a.b.c"):
         assert shop(each).status == 401
     assert shop.issuer.agents == []
@@ -379,7 +367,7 @@ def test_a_flood_of_unknown_kids_is_no_flood_of_fetches(shop: Shop) -> None:
     assert shop(token).status == 200
 
 
-def test_a_rotated_key_is_found_within_a_minute_and_a_withdrawn_one_forgotten(
+def test_a_rotated_key_is_found_an_old_one_forgotten(
     shop: Shop, tmp_path: Path
 ) -> None:
     login = shop.login
@@ -404,9 +392,7 @@ def test_an_unreachable_issuer_is_503_until_it_is_back(shop: Shop) -> None:
     assert shop(token).json[0] == "alice"
 
 
-def test_an_issuer_that_is_away_for_less_than_300_seconds_is_not_missed(
-    shop: Shop,
-) -> None:
+def test_an_issuer_that_is_away_for_less_is_not_missed(shop: Shop) -> None:
     alice = shop.login.user()
     assert shop(alice.access_token).status == 200
     shop.issuer.reply = lambda: page(b"", "502 Bad Gateway")
@@ -455,9 +441,7 @@ def trap() -> Iterator[str]:
             listener.accept()
 
 
-def test_keys_are_fetched_over_http_from_the_very_url_that_was_given(
-    shop: Shop,
-) -> None:
+def test_keys_come_over_http_from_the_very_url_that_was_given(shop: Shop) -> None:
     with trap() as url:
         shop.issuer.reply = lambda: page(b"", "302 Found", f"Location: {url}")
         assert shop(shop.login.user().access_token).status == 503
@@ -532,9 +516,7 @@ def forgeries(token: str, key: Any, url: str) -> Iterator[tuple[str, str]]:
 
 
 @KINDS
-def test_no_token_chooses_how_it_is_verified_or_sends_anybody_anywhere(
-    tmp_path: Path, kind: str
-) -> None:
+def test_no_token_chooses_how_it_is_verified(tmp_path: Path, kind: str) -> None:
     with Shop(tmp_path, kind) as shop, trap() as url:
         token = shop.login.user().access_token
         for name, forged in forgeries(token, made(kind), url):
@@ -571,9 +553,7 @@ def example(*command: str, **environ: str) -> serve:
 
 
 @pytest.mark.parametrize("host", ["flask", "django", "fastapi", "bare"])
-def test_every_kind_of_host_sees_who_logged_in_elsewhere(
-    issuing: serve, host: str
-) -> None:
+def test_every_kind_of_host_sees_who_logged_in(issuing: serve, host: str) -> None:
     environ = {"ISSUER": issuing.url, "AUDIENCE": SHOP}
     with example(f"{host}_guarded.py", **environ) as shop:
         token = issuing.user(f"a-{host}")
@@ -644,9 +624,7 @@ def requests_session(url: str) -> Any:
     return session
 
 
-def test_known_clients_refresh_by_themselves_and_see_the_end_of_the_session(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_known_clients_refresh_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OAUTHLIB_INSECURE_TRANSPORT", "1")  # it insists on https
     with serve(SERVICE_ACCESS_TTL="2") as server:
         server("POST /users", username="alice", password=PASSWORD)

@@ -178,9 +178,7 @@ def test_whoever_sends_too_much_gets_to_read_the_answer(web: serve, size: int) -
         assert list(answer.json) == ["message"]
 
 
-def test_sigterm_ends_every_server_and_leaves_nothing(
-    start: Callable[[str], serve],
-) -> None:
+def test_sigterm_ends_every_server(start: Callable[[str], serve]) -> None:
     for kind in SERVERS:
         with serve(command=SERVERS[kind]) as server:
             server.stop()
@@ -237,9 +235,7 @@ ODD_LINES = (
 ).split("|")
 
 
-def test_what_is_malformed_or_ambiguous_is_refused_and_odd_is_no_error(
-    gunicorn: serve,
-) -> None:
+def test_what_is_malformed_is_refused_and_odd_is_no_error(gunicorn: serve) -> None:
     who, kind = bearer(gunicorn), f"Content-Type: {FORM}"
     for headers in AMBIGUOUS:
         wire = gunicorn.exchange(wired("POST /todos", *headers, body=SMUGGLED))
@@ -387,9 +383,7 @@ BAD_STARTS = [  # flags and variables, and how the line begins
 
 
 @pytest.mark.parametrize(("words", "beginning"), BAD_STARTS)
-def test_what_cannot_be_ends_the_start_with_one_line(
-    words: str, beginning: str
-) -> None:
+def test_what_cannot_be_ends_the_start_in_one_line(words: str, beginning: str) -> None:
     flags = [word for word in words.split() if word.startswith("-")]
     given = [word.split("=", 1) for word in words.split() if not word.startswith("-")]
     command = (sys.executable, "-m", "gunicorn", *flags)
@@ -437,9 +431,7 @@ def replace_worker(server: serve, how: Callable[[int], None]) -> None:
 
 
 @pytest.mark.parametrize("kind", GUNICORNS)
-def test_a_token_is_still_understood_when_the_memory_has_gone_with_its_worker(
-    kind: str,
-) -> None:
+def test_a_token_is_understood_when_the_memory_has_gone(kind: str) -> None:
     with serve("-k", kind) as server:
         for how in (
             lambda pid: os.kill(pid, signal.SIGKILL),
@@ -464,9 +456,7 @@ def test_a_token_is_still_understood_when_the_memory_has_gone_with_its_worker(
         assert server.stop() == 0
 
 
-def test_hup_brings_a_changed_service_and_a_broken_one_leaves_nothing_half_alive(
-    tmp_path: Path,
-) -> None:
+def test_hup_brings_a_changed_service_and_a_broken_one_ends_it(tmp_path: Path) -> None:
     for name in ("service.py", "gunicorn.conf.py"):
         shutil.copy(ROOT / name, tmp_path)
     with serve(folder=tmp_path, PYTHONPATH=str(tmp_path)) as server:
@@ -506,9 +496,7 @@ def test_sigterm_lets_the_requests_in_flight_be_answered(kind: str) -> None:
         assert server.process.wait(timeout=20) == 0
 
 
-def test_workers_that_reach_max_requests_are_replaced_and_drop_no_request(
-    tmp_path: Path,
-) -> None:
+def test_workers_that_are_recycled_drop_no_request(tmp_path: Path) -> None:
     database = {"SERVICE_STORE_URL": f"sqlite:///{tmp_path}/todo.db"}
     flags = ("-w", "2", "--max-requests", "20", "--max-requests-jitter", "5")
     with serve(*flags, SERVICE_SECRET_KEY=SECRET, **database) as server:
@@ -546,9 +534,7 @@ def mine(tmp_path: Path) -> dict[str, str]:
     }
 
 
-def test_ones_own_app_runs_with_our_configuration(
-    tmp_path: Path, mine: dict[str, str]
-) -> None:
+def test_ones_own_app_runs_by_our_conf(tmp_path: Path, mine: dict[str, str]) -> None:
     conf = ("-c", str(ROOT / "gunicorn.conf.py"), "mine:create_app()")
     with serve(*conf, folder=tmp_path, WEB_CONCURRENCY="2", **mine) as server:
         token = server.user("alice")
@@ -626,9 +612,7 @@ def test_what_cannot_be_done_by_hand_is_said_in_one_line(
     assert status != 0  # the memory store would forget it at once
 
 
-def test_adduser_of_ones_own_app_makes_its_own_starters(
-    tmp_path: Path, mine: dict[str, str]
-) -> None:
+def test_adduser_makes_ones_own_starters(tmp_path: Path, mine: dict[str, str]) -> None:
     assert account(f"{tmp_path}/mine.py adduser alice", PASSWORD, **mine) == (0, "")
     with serve("-c", str(ROOT / "gunicorn.conf.py"), "mine:create_app()", "-w", "1",
                folder=tmp_path, **mine) as server:  # fmt: skip
@@ -636,9 +620,7 @@ def test_adduser_of_ones_own_app_makes_its_own_starters(
         assert server("GET /books", token).json == {"book1": {"title": "Emma"}}
 
 
-def test_the_development_server_starts_anew_when_the_file_changes(
-    tmp_path: Path,
-) -> None:
+def test_the_development_server_starts_anew_with_its_file(tmp_path: Path) -> None:
     shutil.copy(ROOT / "service.py", tmp_path)
     command = [sys.executable, "service.py"]
     with serve(command=command, folder=tmp_path) as server:
@@ -764,9 +746,7 @@ def test_the_second_command_is_what_ci_runs() -> None:
 @pytest.mark.parametrize(
     "code", [code for language, code in BLOCKS if language == "python"]
 )
-def test_a_piece_of_code_in_the_readme_is_of_a_file_or_runs(
-    code: str, clone: Path
-) -> None:
+def test_a_piece_of_code_in_the_readme_is_real_or_runs(code: str, clone: Path) -> None:
     files = [*ROOT.glob("*.py"), *ROOT.glob("examples/*.py")]
     if not any(code.strip() in path.read_text() for path in files):
         (clone / "piece.py").write_text(code)

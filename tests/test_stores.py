@@ -284,9 +284,7 @@ def test_refreshes_at_once_give_one_successor_that_works(worlds: list[World]) ->
     assert not alice.is_in  # the logout stands
 
 
-def test_a_cursor_outlives_the_item_it_stands_on_and_a_restart(
-    worlds: list[World],
-) -> None:
+def test_a_cursor_outlives_its_item_and_a_restart(worlds: list[World]) -> None:
     alice = worlds[0].user()
     link = alice("GET /todos?limit=2").headers["Link"]
     page = re.findall(f"<{MOUNT}(.*)>", link)[0]
@@ -428,9 +426,7 @@ def test_a_fork_shares_no_connection(store: Any, store_url: str) -> None:
 
 
 @SQL
-def test_eight_processes_may_start_at_once_on_an_empty_database(
-    store: Any, store_url: str
-) -> None:
+def test_eight_processes_may_start_at_once(store: Any, store_url: str) -> None:
     starter = (
         "import service, sys; store = service.open_store(sys.argv[1])\n"
         "with store.write(sys.argv[2]) as data: data['todos']['a'] = {}"
@@ -522,9 +518,7 @@ def test_kill_9_loses_nothing_that_was_acknowledged(store_url: str, kind: str) -
 
 
 @pytest.mark.parametrize("kind", ["gthread", "gevent"])
-def test_while_postgres_is_away_there_is_503_and_then_all_goes_on(
-    postgres: Postgres, kind: str
-) -> None:
+def test_an_outage_is_503_and_then_all_goes_on(postgres: Postgres, kind: str) -> None:
     name = f"outage_{kind}"
     sql(postgres.url, f"CREATE DATABASE {name}")
     url = postgres.url.replace("/postgres?", f"/{name}?")
@@ -550,9 +544,7 @@ def test_while_postgres_is_away_there_is_503_and_then_all_goes_on(
         assert_kept(server, token, writers.acknowledged)
 
 
-def test_a_database_may_be_down_at_the_start_and_start_anew_at_any_time(
-    postgres: Postgres,
-) -> None:
+def test_a_database_may_start_late_and_anew_at_any_time(postgres: Postgres) -> None:
     sql(postgres.url, "CREATE DATABASE later")
     postgres.stop()
     try:
@@ -577,9 +569,7 @@ def test_a_database_that_accepts_and_then_says_nothing_is_503() -> None:
     assert (answer.status, list(answer.json)) == (503, ["message"])
 
 
-def test_a_connection_lost_inside_a_transaction_is_503_and_leaves_nothing(
-    postgres_url: str,
-) -> None:
+def test_a_transaction_that_is_cut_off_leaves_nothing(postgres_url: str) -> None:
     cut_off = (
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
         " WHERE state = 'idle in transaction' AND datname = current_database()"
@@ -601,9 +591,7 @@ def test_a_connection_lost_inside_a_transaction_is_503_and_leaves_nothing(
     assert list(alice("GET /todos").json)[3:] == ["half", "other"]
 
 
-def test_when_all_connections_are_taken_there_is_503_until_one_is_free(
-    postgres_url: str,
-) -> None:
+def test_when_all_connections_are_taken_there_is_503(postgres_url: str) -> None:
     alice = World(store=service.open_store(postgres_url)).user()
     assert {*together(40, lambda n: alice("GET /todos/todo1").status)} == {200}
     with ExitStack() as busy:
