@@ -119,7 +119,7 @@ class Settings:
             ),
             (self.signup in ("open", "closed"), "SIGNUP must be open or closed"),
             (
-                re.fullmatch(r'https?://[^\s?#,"\\]{1,200}', self.issuer),
+                re.fullmatch(r'https?://[^\s/?#,"\\][^\s?#,"\\]{0,200}', self.issuer),
                 "ISSUER must be the URL that clients use, such as https://todo.example",
             ),
             (
