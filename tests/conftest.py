@@ -421,8 +421,8 @@ def postgres_url(database_url: str) -> str:
 
 
 @pytest.fixture(autouse=True)
-def _close_connections(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Stores keep their connections; here they end with the test that opened them."""
+def connections(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """All that stores opened to databases; it ends with the test."""
     opened: list[Any] = []
 
     def noting(connect: Callable[..., Any]) -> Callable[..., Any]:
@@ -434,7 +434,7 @@ def _close_connections(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     for driver in (sqlite3, psycopg):
         monkeypatch.setattr(driver, "connect", noting(driver.connect))
-    yield
+    yield opened
     for connection in opened:
         connection.close()
 

@@ -18,7 +18,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -645,44 +645,37 @@ def test_a_deleted_file_is_503_until_it_is_back(store: Any, store_url: str) -> N
 
 @SQLITE
 def test_a_locked_file_is_503_for_writers_and_no_matter_for_readers(
-    store: Any, store_url: str, monkeypatch: pytest.MonkeyPatch
+    store: Any, store_url: str, connections: list[Any]
 ) -> None:
-    connect = sqlite3.connect
-
-    def hurried(*given: Any, **options: Any) -> sqlite3.Connection:
-        """A connection that waits for 0.05 s, and not for the 10 of the service."""
-        return connect(*given, **options | {"timeout": 0.05})
-
-    monkeypatch.setattr(sqlite3, "connect", hurried)
     alice = World(store=store).user()
-    path = store_url.removeprefix("sqlite:///")
-    with closing(connect(path, isolation_level=None)) as other:
+
+    def hurry() -> None:
+        for connection in connections:
+            with suppress(sqlite3.ProgrammingError):  # it was closed
+                connection.execute("PRAGMA busy_timeout = 50")  # not our 10 s
+
+    with closing(sqlite3.connect(store_url[10:], isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
+        hurry()
         assert alice("POST /todos", {"task": "x"}).status == 503
-        assert alice.world("GET /health").status == 503  # it tells of writing too
         assert alice("GET /todos/todo3").json == {"task": "profit!"}
+        hurry()
+        assert alice.world("GET /health").status == 503  # it tells of writing too
     created = alice("POST /todos", {"task": "x"})
     assert created.headers["Location"] == f"{MOUNT}/todos/todo4"
 
 
 @SQLITE
 def test_a_commit_is_synced_to_the_disk_and_the_file_is_its_owners_alone(
-    store: Any, store_url: str, monkeypatch: pytest.MonkeyPatch
+    store: Any, store_url: str, connections: list[Any]
 ) -> None:
-    path = store_url.removeprefix("sqlite:///")
-    assert not Path(path).exists()  # nothing is made before the first use
-    made, connect = list[sqlite3.Connection](), sqlite3.connect
-
-    def noted(*given: Any, **options: Any) -> sqlite3.Connection:
-        made.append(connect(*given, **options))
-        return made[-1]
-
-    monkeypatch.setattr(sqlite3, "connect", noted)
+    path = Path(store_url.removeprefix("sqlite:///"))
+    assert not path.exists()  # nothing is made before the first use
     put(store, "a")
-    assert made[-1].execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert connections[-1].execute("PRAGMA journal_mode").fetchone() == ("wal",)
     # FULL, for the power may fail; kill -9 alone would not show the difference.
-    assert made[-1].execute("PRAGMA synchronous").fetchone() == (2,)
-    assert Path(path).stat().st_mode & 0o777 == 0o600
+    assert connections[-1].execute("PRAGMA synchronous").fetchone() == (2,)
+    assert path.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_file_that_is_no_database_is_503(tmp_path: Path) -> None:
