@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
@@ -140,6 +141,7 @@ class Origin(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.faults: dict[str, str] = {}
         self.frozen: dict[str, int] = {}  # the last segment of an encoder that stopped
+        self.begun: dict[str, int] = {}  # the first one of an encoder that began anew
         self.closing = threading.Event()
         self.requests = 0
         self._began = time.monotonic()
@@ -205,15 +207,16 @@ class Handler(BaseHTTPRequestHandler):
         ).encode()
 
     def playlist(self, name: str, kind: str, fault: str) -> bytes:
-        last = self.server.newest
+        last = self.server.newest - self.server.begun.get(name, 0)
         if fault in ("stopped", "ended"):
             last = self.server.frozen.setdefault(name, last)
+        first = max(0, last - 4)
         lines = [
             "#EXTM3U",
             "#EXT-X-TARGETDURATION:1",
-            f"#EXT-X-MEDIA-SEQUENCE:{last - 4}",
+            f"#EXT-X-MEDIA-SEQUENCE:{first}",
         ]
-        for number in range(last - 4, last + 1):
+        for number in range(first, last + 1):
             lines += ["#EXTINF:1.0,", f"{kind}/{number}.ts"]
         lines += ["#EXT-X-ENDLIST"] if fault == "ended" else []
         return "\n".join(lines).encode()
@@ -296,22 +299,22 @@ def free_port() -> int:
 
 # ---- Watching ------------------------------------------------------------------------
 
-FAULTS = {  # what breaks, and what it makes of a channel
-    "stopped": "off-air",
-    "ended": "off-air",
-    "playlist 500": "off-air",
-    "playlist 403": "off-air",
-    "HTML": "off-air",
-    "loop": "off-air",
-    "no segments": "off-air",
-    "hanging": "off-air",
-    "all variants": "off-air",
-    "scrambled": "off-air",
-    "one variant": "degraded",
-    "slow": "degraded",
-    "lossy": "degraded",
-    "silent group": "degraded",
-    "torn group": "degraded",
+FAULTS = {  # what breaks, what that makes of a channel, and the reason that is given
+    "stopped": ("off-air", "no new segment"),
+    "ended": ("off-air", "the stream has ended"),
+    "playlist 500": ("off-air", "playlist: HTTP 500"),
+    "playlist 403": ("off-air", "playlist: HTTP 403"),
+    "HTML": ("off-air", "playlist: not a playlist"),
+    "loop": ("off-air", "playlist: redirects in a loop"),
+    "no segments": ("off-air", "segment: HTTP 404"),
+    "hanging": ("off-air", "playlist: no answer in time"),
+    "all variants": ("off-air", "playlist: HTTP 404"),
+    "scrambled": ("off-air", "scrambled"),
+    "one variant": ("degraded", "200 kbit/s: dead: playlist: HTTP 404"),
+    "slow": ("degraded", "slow: 1."),
+    "lossy": ("degraded", "1 continuity errors in a segment"),
+    "silent group": ("degraded", "multicast: silent for"),
+    "torn group": ("degraded", "continuity errors"),
 }
 HEALTHY = ("tokens", "led", "flaky")
 WITH_MASTER = ("one variant", "all variants", "tokens")
@@ -352,6 +355,10 @@ def watch(
     asyncio.run(main())
 
 
+def tells(channel: Channel, state: str, reason: str) -> bool:
+    return channel.state == state and reason in channel.reason
+
+
 def history(channel: Channel) -> list[str]:
     return [change["state"] for change in channel.history]
 
@@ -376,15 +383,16 @@ def test_each_fault_is_told_as_what_it_is_and_so_is_its_end(origin: Origin) -> N
 
         await until(all_are_on_air, "all are on air at first")
         origin.faults |= {paths[name]: name for name in FAULTS}
-        for name, state in FAULTS.items():
-            channel = channels[name]
-            await until(lambda: channel.state == state, f"{name} is seen")  # noqa: B023
+        for name, (state, reason) in FAULTS.items():
+            is_told = partial(tells, channels[name], state, reason)
+            await until(is_told, f"{name} is told")
             del origin.faults[paths[name]]
-            origin.frozen.pop(paths[name], None)
+            if paths[name] in origin.frozen:  # its segments are numbered anew
+                origin.begun[paths[name]] = origin.frozen.pop(paths[name])
         await until(all_are_on_air, "all are on air again")
         for name, channel in channels.items():
             states = history(channel)
-            worst = FAULTS.get(name)
+            worst, _ = FAULTS.get(name, ("", ""))
             if worst == "off-air":  # on the way there and back viewers may notice less
                 states = [state for state in states if state != "degraded"]
             assert states == (["on air", worst, "on air"] if worst else ["on air"]), (
@@ -700,15 +708,16 @@ def test_a_login_is_refreshed_when_its_token_ends_and_not_before(
 
 
 def test_a_token_is_refreshed_and_a_session_that_ended_is_begun_anew() -> None:
-    station = Station(access_ttl=1, refresh_ttl=1000)
+    station = Station(access_ttl=2, refresh_ttl=1000)
     station.now = time.time()
 
     async def requests(watch: Service) -> None:
         async with asyncio.timeout(10):
-            while station.sessions("watch") != [2]:
+            while not any(station.sessions("watch")):
                 await watch.items("/channels", "")
                 await asyncio.sleep(0.05)
                 station.now = time.time()
+        assert len(station.sessions("watch")) == 1
         with station.app.store.write("watch") as data:
             data["sessions"].clear()
         await watch.items("/channels", "")
