@@ -729,10 +729,10 @@ def statements(postgres: Postgres) -> set[str]:
 # ---- Backup and restore -------------------------------------------------------------
 
 
-def command(word: str, begins: str) -> str:
-    """The line of the README's block with this word that begins so."""
+def command(word: str) -> str:
+    """The line with this word in one of the README's blocks for a shell."""
     lines = readme_block("sh", word).splitlines()
-    (line,) = [line for line in lines if line.startswith(begins)]
+    (line,) = [line for line in lines if word in line]
     return line
 
 
@@ -747,10 +747,10 @@ def test_backup_and_restore_of_sqlite_work_day_after_day(tmp_path: Path) -> None
         token = server.user("alice")
         for task in ("first", "second"):
             server("PUT /todos/x", token, task=task)
-            shell(command("VACUUM INTO", "sqlite3 "), tmp_path)
+            shell(command("VACUUM INTO"), tmp_path)
         server("PUT /todos/x", token, task="lost")
     for _ in range(2):
-        shell(command("cp backup.db", "rm "), tmp_path)
+        shell(command("cp backup.db"), tmp_path)
         with service_over(url) as server:
             assert server("GET /todos/x", token).json == {"task": "second"}
             server("PUT /todos/x", token, task="lost again")
@@ -767,10 +767,10 @@ def test_backup_and_restore_of_postgresql_work_day_after_day(
         token = server.user("alice")
         for task in ("first", "second"):
             server("PUT /todos/x", token, task=task)
-            run_there(command("pg_dump", "pg_dump "))
+            run_there(command("pg_dump"))
         server("PUT /todos/x", token, task="lost")
     for _ in range(2):
-        run_there(command("pg_restore", "pg_restore "))
+        run_there(command("pg_restore"))
         with service_over(postgres.url) as server:
             assert server("GET /todos/x", token).json == {"task": "second"}
             server("PUT /todos/x", token, task="lost again")
