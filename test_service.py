@@ -18,8 +18,6 @@ import io
 import itertools
 import json
 import logging
-import os
-import random
 import re
 import runpy
 import sys
@@ -27,7 +25,8 @@ import threading
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import FrozenInstanceError, fields
+from contextlib import suppress
+from dataclasses import FrozenInstanceError, dataclass, fields
 from decimal import Decimal
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -41,9 +40,8 @@ import werkzeug
 from werkzeug import Response
 from werkzeug.datastructures import FileStorage, Headers
 from werkzeug.exceptions import BadRequest, Conflict, HTTPException, ServiceUnavailable
-from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from werkzeug.security import generate_password_hash
-from werkzeug.test import Client, EnvironBuilder, encode_multipart, run_wsgi_app
+from werkzeug.test import EnvironBuilder, create_environ, encode_multipart, run_wsgi_app
 
 # ---- Harness -----------------------------------------------------------------------
 # A World is one app and its clock; it is called like the network calls it, by nobody in
@@ -62,11 +60,11 @@ MULTIPART = "multipart/form-data"
 MERGE_PATCH = "application/merge-patch+json"
 
 
+@dataclass
 class Clock:
     """The time in seconds, which only a test moves."""
 
-    def __init__(self, now: float = 1_800_000_000.0) -> None:
-        self.now = now
+    now: float = 1_800_000_000.0
 
     def __call__(self) -> float:
         return self.now
@@ -131,25 +129,14 @@ class World:
             body, content_type = urlencode(form, doseq=True).encode(), FORM
         elif body is not None and not isinstance(body, bytes):
             body, content_type = json.dumps(body).encode(), JSON
-        given = {
+        given = create_environ(base_url=f"http://localhost{MOUNT}/") | {
             "REQUEST_METHOD": method,
-            "SCRIPT_NAME": MOUNT,
             "PATH_INFO": unquote_to_bytes(path).decode("latin-1"),
             "QUERY_STRING": query,
-            "SERVER_NAME": "localhost",
-            "SERVER_PORT": "80",
-            "SERVER_PROTOCOL": "HTTP/1.1",
             "REMOTE_ADDR": address,
             "CONTENT_TYPE": content_type,
             "CONTENT_LENGTH": None if body is None else str(len(body)),
-            "HTTP_HOST": "localhost",
-            "wsgi.version": (1, 0),
-            "wsgi.url_scheme": "http",
             "wsgi.input": io.BytesIO(body or b""),
-            "wsgi.errors": io.StringIO(),
-            "wsgi.multithread": True,
-            "wsgi.multiprocess": False,
-            "wsgi.run_once": False,
         }
         given |= {f"HTTP_{name.upper()}": value for name, value in headers.items()}
         given |= environ or {}
@@ -237,11 +224,11 @@ def world():
 
 @pytest.fixture
 def alice(world):
-    return world.user("alice")
+    return world.user()
 
 
 # ---- Settings ----------------------------------------------------------------------
-# One frozen value, read from the variables SERVICE_…; a bad one stops the start with one
+# One frozen value, read from the variables SERVICE_…; a bad one stops the start with a
 # line that names the variable and a value that would do.
 
 DEFAULTS = {
@@ -259,19 +246,17 @@ DEFAULTS = {
     "max_items": 10_000,
     "proxies": 0,
 }
-BAD_ISSUERS = ["todo.example", "ftp://a", "https://", "https://a/?b"]
-BAD_ORIGINS = ["app.example", "https://*.a.example", "https://a/b", "https://a?x"]
 REFUSED_SETTINGS: dict[str, list[str]] = {
-    "access_ttl": ["soon", "0", "-1", "1.5", "1_000", "٩٠٠", "9" * 5_000, "15 min"],
-    "refresh_ttl": ["1 day", "0", "-86400"],
-    "refresh_grace": ["10s", "-1", "1e1"],
-    "max_body": ["64k", "0", "-1"],
+    "access_ttl": ["soon", "0", "-1", "1.5", "1_000", "٩٠٠", "9" * 5_000],
+    "refresh_ttl": ["1 day", "0"],
+    "refresh_grace": ["10s", "-1"],
+    "max_body": ["64k", "0"],
     "max_items": ["many", "0"],
-    "proxies": ["yes", "-1", "0x1"],
-    "signup": ["Open", "no", "true"],
-    "issuer": [*BAD_ISSUERS, "https://a#top", "https://a b", 'https://a"'],
-    "audience": ['a"b', "a\\b"],
-    "cors_origins": [*BAD_ORIGINS, "https://", "https://a:p", "https://a, b"],
+    "proxies": ["yes", "-1"],
+    "signup": ["Open", "no"],
+    "issuer": ["a.example", "ftp://a", "https://", "https://a?b", "https://a b"],
+    "audience": ['a"b'],
+    "cors_origins": ["app.example", "https://*.a", "https://a/b", "https://a, b"],
 }
 LONG, LATE = "hunter2" + "x" * 24, f"{SECRET},hunter2"
 REFUSED_UNSEEN = {  # what may hold a secret is not repeated
@@ -284,6 +269,12 @@ def settings_of(name: str, value: str) -> service.Settings:
     """What the environment gives when one variable holds this value."""
     environ = {"SERVICE_SECRET_KEY": SECRET, f"SERVICE_{name.upper()}": value}
     return service.Settings.from_environ(environ)
+
+
+def is_taken(name: str, value: str) -> bool:
+    with suppress(ValueError):
+        return bool(settings_of(name, value))
+    return False
 
 
 def refusal_of(name: str, value: str) -> str:
@@ -302,15 +293,7 @@ def test_every_setting_has_its_default():
 def test_a_bad_value_is_refused_in_one_line_with_its_variable_and_a_right_one(name):
     for value in REFUSED_SETTINGS[name]:
         line = refusal_of(name, value)
-        offered = [word.strip("\"'.,:;()") for word in line.split()]
-        assert [word for word in offered if word and is_taken(name, word)], line
-
-
-def is_taken(name: str, value: str) -> bool:
-    try:
-        return bool(settings_of(name, value))
-    except ValueError:
-        return False
+        assert any(is_taken(name, word.strip(",")) for word in line.split()), line
 
 
 @each("name", REFUSED_UNSEEN)
@@ -322,18 +305,13 @@ def test_a_bad_secret_or_store_url_is_refused_without_being_shown(name):
 @cases(
     "name, value",
     {
-        "a secret of two bytes a letter": ("secret_key", "é" * 16),
-        "two secrets with blanks around": ("secret_key", f" {SECRET} , {'y' * 32} "),
-        "a file of SQLite": ("store_url", "sqlite:///todo.db"),
+        "two bytes a letter, blanks around": ("secret_key", f" {'é' * 16} , {SECRET} "),
         "a database with a password": ("store_url", "postgresql://a:b%40c@db:5432/x"),
         "several hosts": ("store_url", "postgresql://u@h1:5432,h2/db?x=read-write"),
-        "no grace": ("refresh_grace", "0"),
-        "an issuer under a path": ("issuer", "https://example.com/todo"),
-        "several audiences": ("audience", "https://a.example, b"),
     },
 )
 def test_a_good_value_is_taken(name, value):
-    assert str(getattr(settings_of(name, value), name)).strip()
+    assert is_taken(name, value)
 
 
 def test_settings_are_checked_when_made_cannot_be_changed_and_show_no_secret():
@@ -355,45 +333,18 @@ def test_a_store_that_lasts_needs_a_secret_that_lasts(tmp_path):
         service.create_app(service.Settings(), store=store)
 
 
-def test_the_environment_is_read_only_when_no_settings_are_given(monkeypatch):
-    monkeypatch.setenv("SERVICE_ACCESS_TTL", "soon")
-    assert service.create_app(service.Settings())
-    with pytest.raises(ValueError, match="SERVICE_ACCESS_TTL"):
-        service.create_app()
-
-
-class WatchedEnviron(dict[str, str]):
-    """An environment of nonsense that notices who looks at it."""
-
-    looks = 0
-
-    def __getitem__(self, name: str) -> str:
-        self.looks += 1
-        return "\nnonsense"
-
-    get = __getitem__
-
-
-def test_an_import_reads_no_variable_makes_no_app_and_starts_no_thread(monkeypatch):
-    environ, threads = WatchedEnviron(), threading.active_count()
-    monkeypatch.setattr(os, "environ", environ)
+def test_the_environment_is_read_when_an_app_needs_it_and_by_no_import(monkeypatch):
+    for name in DEFAULTS:
+        monkeypatch.setenv(f"SERVICE_{name.upper()}", "nonsense")
     for extra in ("psycopg", "gunicorn", "gevent", "flask_swagger_ui"):
         monkeypatch.setitem(sys.modules, extra, None)  # as if it were not installed
-    names = runpy.run_path(service.__file__, run_name="imported")
-    monkeypatch.undo()
+    threads, names = threading.active_count(), runpy.run_path(service.__file__)
     kinds = (names["MemoryStore"], names["Settings"], names["App"])
     assert [thing for thing in gc.get_objects() if type(thing) in kinds] == []
-    assert (environ.looks, threading.active_count()) == (0, threads)
-
-
-def test_two_apps_share_nothing_but_what_they_are_both_given():
-    one, other = World(secret_key=""), World(secret_key="")
-    alice = one.user()
-    assert other("POST /token", LOGIN).json["error"] == "invalid_grant"
-    stranger = World(secret_key="", store=one.store)  # with a secret of its own
-    assert User(stranger, "alice", alice.pair).is_in is False
-    twins = [World(store=one.store) for _ in range(2)]
-    assert User(twins[1], "alice", twins[0].log_in().pair).is_in
+    assert threading.active_count() == threads
+    assert service.create_app(service.Settings())
+    with pytest.raises(ValueError, match="SERVICE_"):
+        service.create_app()
 
 
 def test_a_missing_package_is_named_as_it_is_installed(monkeypatch):
@@ -404,8 +355,8 @@ def test_a_missing_package_is_named_as_it_is_installed(monkeypatch):
 
 
 # ---- Arguments ----------------------------------------------------------------------
-# The parser serves any Werkzeug request, so here it gets plain ones, and is asked for an
-# argument named n. A row says what is asked for, what is sent, and what comes out.
+# The parser serves any Werkzeug request, so here it gets plain ones, and is asked for
+# an argument named n. A row: what is asked for, what is sent, and what comes out.
 
 
 def n(**options: Any) -> Any:
@@ -425,19 +376,10 @@ def form(text: str, query: str = "") -> dict[str, Any]:
     return body(text.encode(), FORM, query)
 
 
-def query(text: str) -> dict[str, Any]:
-    return {"query_string": text}
-
-
-def headers(**given: str) -> dict[str, Any]:
-    return {"headers": given}
-
-
-def parts(names: str, text: str) -> dict[str, Any]:
+def part(name: str, more: str = "", text: bytes = b"x") -> bytes:
     """A multipart form of one part."""
-    head = f"Content-Disposition: form-data; {names}"
-    data = f"--b\r\n{head}\r\n\r\n{text}\r\n--b--\r\n"
-    return body(data.encode(), f"{MULTIPART}; boundary=b")
+    head = f'--b\r\nContent-Disposition: form-data; name="{name}"{more}\r\n\r\n'
+    return head.encode("latin-1") + text + b"\r\n--b--\r\n"
 
 
 def parser_of(*arguments: Any, **options: Any) -> Any:
@@ -475,61 +417,44 @@ def recursive(value: Any) -> None:
 
 NOTHING, NULL, TWO = body(b"{}"), in_json(None), form("n=1&n=2")
 EVERYWHERE = in_json("body", "n=query")
-UPLOAD = parts('name="n"; filename="a.txt"', "hi")
-DEEP = b'{"n": %s}' % (b"[" * 50 + b"]" * 50)
+PARTS = f"{MULTIPART}; boundary=b"
+UPLOAD = body(part("n", '; filename="a.txt"'), PARTS)
 NOT_THERE = object()
 VALUES: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "a JSON member is read": (n(), in_json("x"), "x"),
     "a form field is read": (n(), form("n=x"), "x"),
-    "a multipart field is read": (n(), parts('name="n"', "x"), "x"),
-    "the query string is read": (n(), query("n=x"), "x"),
-    "a body comes before the query": (n(), EVERYWHERE, "body"),
-    "a form comes before the query": (n(), form("n=form", "n=query"), "form"),
+    "a multipart field is read": (n(), body(part("n"), PARTS), "x"),
+    "the query string is read": (n(), {"query_string": "n=x"}, "x"),
     "args is the query string": (n(location="args"), EVERYWHERE, "query"),
     "form is not JSON": (n(location="form"), in_json(1), None),
-    "json is no form, and does not mind": (n(location="json"), form("n=1"), None),
+    "headers, in any case": (n(location="headers"), {"headers": {"N": "1"}}, "1"),
     "values begin with the query": (n(location="values"), form("n=f", "n=q"), "q"),
-    "headers, in any case": (n(location="headers"), headers(N="1"), "1"),
-    "cookies": (n(location="cookies"), headers(Cookie="m=0; n=1"), "1"),
-    "files are uploads": (n(location="files"), UPLOAD, b"hi"),
     "the first place with it": (n(location=("args", "json")), EVERYWHERE, "query"),
-    "places are not merged": (n(action="append"), EVERYWHERE, ["body"]),
-    "null stands there too": (n(nullable=True), in_json(None, "n=q"), None),
     "+json is JSON": (n(), body(b'{"n": 1}', "application/vnd.x+json"), "1"),
     "JSON called text is not read": (n(), body(b'{"n": 1}', "text/plain"), None),
     "bad JSON that nobody reads": (n(location="args"), body(b"{", query="n=1"), "1"),
-    "an empty JSON body is none": (n(), body(b""), None),
     "a byte order mark is read over": (n(), body(b'\xef\xbb\xbf{"n": "x"}'), "x"),
     "a pair of surrogates is a letter": (n(), body(rb'{"n": "\ud83d\ude42"}'), "🙂"),
-    "lists 50 deep": (n(type=list), body(DEEP), json.loads(DEEP)["n"]),
     "what is missing is None": (n(), NOTHING, None),
-    "an empty text is given": (n(required=True), form("n="), ""),
     "a default stands for what is missing": (n(default=5), NOTHING, 5),
-    "a default replaces nothing": (n(default="d"), in_json(""), ""),
     "a default is not converted": (n(type=int, default="5"), NOTHING, "5"),
     "a default may be a function": (n(default=list), NOTHING, []),
-    "append makes no list of nothing": (n(action="append"), NOTHING, None),
     "store_missing=False": (n(store_missing=False, default=1), NOTHING, NOT_THERE),
     "null is not given": (n(type=int), NULL, None),
     "null is the default": (n(default=5), NULL, 5),
+    "null is left out": (n(store_missing=False, default=1), NULL, NOT_THERE),
+    "null for a list": (n(action="append", nullable=True), NULL, None),
     "nullable is null": (n(nullable=True, default=5), NULL, None),
-    "nullable null is given": (n(nullable=True, required=True), NULL, None),
-    "null has no type": (n(nullable=True, type=silent, choices="ab"), NULL, None),
     "store takes the first": (n(type=int), form("n=1&n=x"), 1),
     "append takes all": (n(action="append", type=int), TWO, [1, 2]),
-    "append makes a list of one": (n(action="append"), in_json("ab"), ["ab"]),
     "append keeps lists": (n(action="append", type=list), in_json([["a"]]), [["a"]]),
-    "append takes [] as given": (n(action="append", required=True), in_json([]), []),
-    "append of nulls": (n(action="append", nullable=True), in_json([None]), [None]),
     "split at commas": (n(action="split", type=int), form("n=1,2&n=3"), [1, 2, 3]),
     "split makes [] of nothing": (n(action="split", required=True), form("n="), []),
     "split keeps gaps": (n(action="split"), form("n=a,,b"), ["a", "", "b"]),
-    "split leaves a list": (n(action="split"), in_json(["a,b"]), ["a,b"]),
-    "a choice of a range": (n(choices=range(1, 6), type=int), form("n=5"), 5),
     "lowered choices": (n(case_sensitive=False, choices=["AB"]), form("n=Ab"), "ab"),
-    "blanks around are trimmed": (n(trim=True), form("n=+a+b+"), "a b"),
     "each item is trimmed": (n(trim=True, action="split"), form("n=a,+b"), ["a", "b"]),
     "trimmed before it is chosen": (n(trim=True, choices="ab"), form("n=+a"), "a"),
+    "an upload": (n(location="files"), UPLOAD, b"x"),
 }
 
 
@@ -539,33 +464,23 @@ def test_the_parser_gives_a_clean_value(argument, sent, value):
     assert parsed(parser_of(argument), sent) == expected
 
 
-LOST = "Missing required parameter in"
+LOST, NOT_NULL = "Missing required parameter in", "Must not be null!"
 NO_CHOICE = "is not a valid choice"
-NOT_NULL = "Must not be null!"
 PLACES = "the JSON body or the post body or the query string"
 ERRORS: dict[str, tuple[Any, dict[str, Any], str]] = {  # * stands for any text
     "missing, and where": (n(required=True), NOTHING, f"{LOST} {PLACES}"),
-    "missing beats a default": (n(required=True, default=1), NOTHING, f"{LOST} *"),
-    "in JSON": (n(required=True, location="json"), TWO, f"{LOST} the JSON body"),
-    "in cookies": (n(required=True, location="cookies"), TWO, f"{LOST} *cookies*"),
-    "among files": (n(required=True, location="files"), TWO, f"{LOST} *upload*"),
-    "JSON sent as a form": (n(required=True), form('{"n": "1"}'), f"{LOST} *"),
     "null when required": (n(required=True), NULL, NOT_NULL),
     "null in a list": (n(action="append"), in_json(["a", None]), NOT_NULL),
     "no choice": (n(choices=["red", "blue"]), form("n=z"), f"z {NO_CHOICE}*red*blue*"),
-    "no choice of a range": (n(type=int, choices=range(1, 6)), form("n=9"), "9 *1*5*"),
     "without a hash": (n(choices={"a"}, type=list), in_json([]), f"*{NO_CHOICE}*"),
-    "one bad item": (n(action="append", type=int), in_json([1, "x"]), "*integer*"),
     "split of an object": (n(action="split"), in_json({"a": 1, "b": 2}), "*text*"),
     "a type's ValueError": (n(type=even), form("n=3"), "3 is odd"),
+    "a silent ValueError": (n(type=silent), form("n=3"), "?*"),
     "an ArithmeticError": (n(type=lambda value: 1 // int(value)), form("n=0"), "?*"),
     "a TypeError": (n(type=iter), in_json(5), "?*"),
-    "an AttributeError": (n(type=UUID), in_json(5), "?*"),
     "a KeyError": (n(type={"a": 1}.__getitem__), form("n=z"), "?*"),
     "a RecursionError": (n(type=recursive), form("n=z"), "?*"),
-    "help instead": (n(type=int, help="A year"), form("n=x"), "A year"),
     "help around": (n(type=even, help="<{error_msg}>"), form("n=3"), "<3 is odd>"),
-    "other braces": (n(type=even, help="{} {error_msg}"), form("n=3"), "{} 3 is odd"),
     "braces in a value": (n(choices="a", help="{error_msg}"), form("n={0}"), "{0} *"),
 }
 
@@ -587,7 +502,7 @@ DECIMALS = [(0.1, Decimal("0.1")), (7, Decimal(7)), ("1.10", Decimal("1.10"))]
 NO_DATES = ["2030-02-29", "31.1.2030", "20300131", "2030-W05-4", "2030-1-1", "", 5]
 TYPES: dict[str, tuple[Any, str, list[tuple[Any, Any]], list[Any]]] = {
     # the type, a word of its error, what is sent and what it becomes, what is refused
-    "str": (str, "text", [("ñ 漢 🙂", "ñ 漢 🙂"), (5, "5")], [True, ["a"], {"a": 1}]),
+    "str": (str, "text", [("ñ漢🙂", "ñ漢🙂"), (5, "5")], [True, ["a"], {"a": 1}]),
     "int": (int, "integer", INTEGERS, NO_INTEGERS),
     "float": (float, "number", FLOATS, NO_FLOATS),
     "bool": (bool, "true", FLAGS, ["", "maybe", 2, [True]]),
@@ -595,7 +510,7 @@ TYPES: dict[str, tuple[Any, str, list[tuple[Any, Any]], list[Any]]] = {
     "dict": (dict, "object", [({"a": [1]}, {"a": [1]})], [[["a", 1]], "ab"]),
     "FileStorage": (FileStorage, "file", [], ["x", 5]),
     "Decimal": (Decimal, "", DECIMALS, ["x", [1]]),
-    "Text": (service.Text(2, 5), "5", [("ab", "ab"), ("🙂" * 5,) * 2], ["a", "abcdef"]),
+    "Text": (service.Text(2, 5), "5", [("ab", "ab"), ("ñ" * 5,) * 2], ["a", "abcdef"]),
     "Text is text": (service.Text(1, 9), "", [("5", "5")], [5, True, ["a"], "a\0b"]),
     "date": (service.date, "", [("2028-02-29", datetime.date(2028, 2, 29))], NO_DATES),
 }
@@ -622,18 +537,13 @@ def test_a_decimal_has_the_text_of_its_number_and_types_describe_themselves():
 
 
 MALFORMED_JSON = {
-    "cut short": b'{"n": "x"',
-    "a control character in a text": b'{"n": "a\x01b"}',
     "Latin-1": b'{"n": "\xe9"}',
     "UTF-16": '{"n": "x"}'.encode("utf-16"),
-    "a surrogate in UTF-8": b'{"n": "\xed\xa0\x80"}',
     "half of a surrogate pair": rb'{"n": "\ud800"}',
     "NaN": b'{"n": NaN}',
     "a number past all numbers": b'{"n": 1e999}',
-    "an integer of 5,000 digits": b'{"n": %s}' % (b"9" * 5_000),
     "a member twice": b'{"n": "1", "n": "2"}',
     "objects 10,000 deep": b'{"n":' * 10_000 + b"1" + b"}" * 10_000,
-    "brackets 60,000 deep": b"[" * 60_000,
 }
 
 
@@ -644,36 +554,29 @@ def test_json_that_cannot_be_read_is_refused_as_a_whole(data):
     assert message.startswith("The JSON body could not be read")
 
 
-def test_the_error_says_where_the_json_is_wrong():
+def test_the_error_says_where_the_json_is_wrong_or_that_it_is_no_object():
     message = parsed(parser_of(n()), body(b'{"n": "x",\n  y}'))["message"]
-    assert "line 2" in message
-    assert "column 3" in message
+    assert re.search("line 2.*column 3", message)
+    for data in (b"[]", b'"n"', b"5", b"null"):
+        refusal = {"message": "The JSON body must be an object"}
+        assert parsed(parser_of(n()), body(data)) == refusal
 
 
-@each("data", [b"[]", b'"n"', b"5", b"true", b"null"])
-def test_json_that_is_no_object_is_refused_as_a_whole(data):
-    refusal = {"message": "The JSON body must be an object"}
-    assert parsed(parser_of(n()), body(data)) == refusal
+STRICT: dict[str, tuple[Any, dict[str, Any], set[str]]] = {
+    "in JSON": (n(), body(b'{"n": 1, "m": 2, "o": 3}'), {"m", "o"}),
+    "in a form": (n(), form("n=1&m=2"), {"m"}),
+    "among files": (n(location="args"), UPLOAD, {"n"}),
+    "in the query string": (n(), in_json("1", "m=2"), {"m"}),
+    "where it is not read": (n(location="args"), in_json(1), {"n"}),
+    "no place of values": (n(location="values"), form("n=1", "n=2"), set()),
+}
 
 
-def unknown(*names: str) -> dict[str, Any]:
-    return {"message": dict.fromkeys(names, "Unknown argument")}
-
-
-@cases(
-    "argument, sent, outcome",
-    {
-        "in JSON": (n(), body(b'{"n": 1, "m": 2, "o": 3}'), unknown("m", "o")),
-        "in a form": (n(), form("n=1&m=2"), unknown("m")),
-        "in the query string": (n(), in_json("1", "m=2"), unknown("m")),
-        "among files": (n(location="args"), UPLOAD, unknown("n")),
-        "where it is not read": (n(location="args"), in_json(1), unknown("n")),
-        "no header or cookie": (n(), headers(N="1", Cookie="c=1"), {"n": None}),
-        "no place of values": (n(location="values"), form("n=1", "n=2"), {"n": "2"}),
-    },
-)
-def test_strict_refuses_what_no_argument_reads(argument, sent, outcome):
-    assert parsed(parser_of(argument), sent, strict=True) == outcome
+@cases("argument, sent, names", STRICT)
+def test_strict_refuses_what_no_argument_reads(argument, sent, names):
+    found = parsed(parser_of(argument), sent, strict=True)
+    unknown = {"message": dict.fromkeys(names, "Unknown argument")}
+    assert found == unknown if names else "message" not in found
 
 
 def test_the_first_error_ends_a_parse_unless_they_are_bundled():
@@ -699,14 +602,11 @@ def test_dest_names_the_value_and_the_senders_name_the_error():
     assert parsed(parser, body(b'{"a": 1}')) == {"message": {"a": "1 is odd"}}
 
 
-NESTED = {"type": service.RequestParser()}
-URL_TOO = {"location": ["args", "url"]}
-
-
-@each("options", [URL_TOO, {"action": "add"}, {"type": "int"}, NESTED])
-def test_a_wrong_declaration_fails_where_it_is_written(options):
-    with pytest.raises((ValueError, TypeError)):
-        service.RequestParser().add_argument("n", **options)
+@each("kind", ["int", 5, service.RequestParser()])  # parsers do not nest
+def test_a_wrong_declaration_fails_where_it_is_written(kind):
+    for wrong in ({"type": kind}, {"location": ["args", "url"]}, {"action": "add"}):
+        with pytest.raises((ValueError, TypeError)):
+            n(**wrong)
 
 
 def test_a_parser_is_built_copied_and_changed():
@@ -740,33 +640,6 @@ def test_a_parse_gives_a_dict_with_attributes_or_a_400_in_words():
         parser.parse_args(werkzeug.Request(EnvironBuilder().get_environ()))
 
 
-def test_a_bug_in_a_type_is_not_the_senders_fault():
-    def buggy(value):
-        raise RuntimeError("a bug")
-
-    with pytest.raises(RuntimeError, match="a bug"):
-        parsed(parser_of(n(type=buggy)), form("n=1"))
-
-
-def test_no_random_bytes_raise_anything_but_bad_request():
-    dice = random.Random(7)
-    bodies = [b'{"n": [1, null, {"b": 1.5e3}]}', b"n=1&m=%C3%A9&n=,"]
-    bodies.append(parts('name="n"', "x")["data"])
-    noise = [b'"', b"{", b"[", b"\xff", b"%", b"\0", b"\r\n", b"9", b"e"]
-    kinds = [str, int, float, bool, list, dict, Decimal]
-    places = ("json", "form", "args", "headers", "cookies", "files")
-    for _ in range(1_000):
-        data = bytearray(dice.choice(bodies))
-        for _ in range(dice.randrange(4)):
-            at = dice.randrange(len(data))
-            data[at : at + dice.randrange(3)] = dice.choice(noise)
-        action = dice.choice(["store", "append", "split"])
-        argument = n(type=dice.choice(kinds), location=places, action=action)
-        sent = body(bytes(data), dice.choice([JSON, FORM, f"{MULTIPART}; boundary=b"]))
-        found = parsed(parser_of(argument), sent, strict=dice.random() < 0.5)
-        assert found.keys() in ({"n"}, {"message"})
-
-
 # A Resource is a data model: it is registered, and has its routes.
 
 
@@ -776,17 +649,15 @@ def world_of(kind: Any) -> World:
     return World(resources=[service.Resource("things", "thing", [value])], max_items=3)
 
 
-@cases(
-    "kind, sent, kept",
-    {
-        "a date": (datetime.date.fromisoformat, "2030-01-31", "2030-01-31"),
-        "a time": (datetime.time.fromisoformat, "12:30:00", "12:30:00"),
-        "a UUID": (UUID, "{" + "5" * 32 + "}", "55555555-5555-5555-5555-555555555555"),
-        "a Decimal": (Decimal, 0.1, "0.1"),
-        "a list": (list, [1, 2.5, None], [1, 2.5, None]),
-        "an object": (dict, {"a": {"b": []}}, {"a": {"b": []}}),
-    },
-)
+KEPT = {
+    "a date": (datetime.date.fromisoformat, "2030-01-31", "2030-01-31"),
+    "a UUID": (UUID, "{" + "5" * 32 + "}", "55555555-5555-5555-5555-555555555555"),
+    "a Decimal": (Decimal, 0.1, "0.1"),
+    "an object": (dict, {"a": {"b": [1, 2.5, None]}}, {"a": {"b": [1, 2.5, None]}}),
+}
+
+
+@cases("kind, sent, kept", KEPT)
 def test_an_item_keeps_json_or_the_text_of_what_is_none(kind, sent, kept):
     alice = world_of(kind).user()
     created = alice("POST /things", {"value": sent})
@@ -795,18 +666,11 @@ def test_an_item_keeps_json_or_the_text_of_what_is_none(kind, sent, kept):
     assert alice("PUT /things/thing1", created.json).json == created.json
 
 
-@cases(
-    "kind, sent",
-    {
-        "NaN": (lambda value: round(float(value), 2), "nan"),
-        "bytes": (str.encode, "ab"),
-        "half of a surrogate pair": (lambda value: "\ud800", "x"),
-    },
-)
-def test_what_json_cannot_hold_is_the_arguments_400_and_is_not_counted(kind, sent):
+@each("kind", [lambda text: round(float(text), 2), str.encode, lambda _: "\ud800"])
+def test_what_json_cannot_hold_is_the_arguments_400_and_is_not_counted(kind):
     alice = world_of(kind).user()
     for request in ["POST /things"] * 4 + ["PUT /things/mine"]:
-        refused = alice(request, form={"value": sent})
+        refused = alice(request, form={"value": "nan"})
         assert (refused.status, list(refused.json["message"])) == (400, ["value"])
     assert alice("GET /things").json == {}
 
@@ -819,72 +683,47 @@ ARGUMENTS = [
     service.Argument("colour", choices=("red", "green")),
 ]
 NOTES = service.Resource("notes", "note", ARGUMENTS, {"note1": NOTE | {"rank": 1}})
-
-
 OURS = " users token revoke health docs account sessions counters"
 
 
 @each("name", "Notes notes/ <id> 1notes -notes ñotes" + OURS)
 def test_a_name_that_is_no_plain_word_or_the_services_own_is_refused(name):
     for wrong in (name, f"{name} x", f"{name}\n"):
-        with pytest.raises(ValueError, match=re.escape(repr(wrong))):
-            service.Resource(wrong, "note", [])
+        for names in ((wrong, "note"), ("notes", wrong)):
+            with pytest.raises(ValueError, match=re.escape(repr(wrong))):
+                service.Resource(*names, [])
 
 
-@each("item", ["", "Note", "my note", "note1", "note/", "-note"])
-def test_an_item_needs_a_name_that_ids_can_begin_with(item):
-    with pytest.raises(ValueError, match=re.escape(repr(item))):
-        service.Resource("notes", item, [])
-
-
-BAD_STARTERS = [{"rank": 1}, NOTE | {"rank": "first"}, NOTE | {"colour": "blue"}]
-
-
-@each("starter", [*BAD_STARTERS, NOTE | {"text": "x" * 21}])
-def test_a_starter_item_that_its_own_arguments_refuse_is_refused(starter):
+def test_a_starter_item_that_its_own_arguments_refuse_is_refused():
+    for wrong in ({"text": None}, {"text": "x" * 21}, {"rank": "x"}, {"colour": "x"}):
+        with pytest.raises(ValueError, match="note1"):
+            service.Resource("notes", "note", ARGUMENTS, {"note1": NOTE | wrong})
     with pytest.raises(ValueError, match="note1"):
-        service.Resource("notes", "note", ARGUMENTS, {"note1": starter})
+        service.Resource("notes", "note", ARGUMENTS, {"note1": {"rank": 1}})
 
 
-def test_resources_take_the_place_of_the_todos_and_there_may_be_none():
-    alice = World(resources=iter([NOTES])).user()
-    assert alice("GET /notes").json == dict(NOTES.starter)
-    assert alice("POST /notes", {"text": "x"}).headers["Location"] == "/api/notes/note2"
-    assert alice("GET /todos").status == 404
-    missing = {"message": "Note note9 doesn't exist"}
-    assert alice("DELETE /notes/note9").json == missing
-    assert World(resources=[]).user()("GET /users/me").status == 200
-
-
-def test_resources_keep_their_items_and_numbers_apart():
+def test_resources_take_the_place_of_the_todos_and_keep_apart():
     pages = service.Resource("pages", "page", [service.Argument("text")])
-    alice = World(resources=[NOTES, pages]).user()
+    alice = World(resources=iter([NOTES, pages])).user()
+    assert alice("GET /notes").json == dict(NOTES.starter)
     for place in ("notes/note2", "pages/page1", "notes/note3", "pages/page2"):
         created = alice(f"POST /{place.split('/')[0]}", {"text": place})
         assert created.headers["Location"] == f"/api/{place}"
     assert list(alice("GET /pages").json) == ["page1", "page2"]
+    assert alice("GET /todos").status == 404
+    assert alice("DELETE /notes/note9").json == {"message": "Note note9 doesn't exist"}
     with pytest.raises(ValueError, match="notes"):
         World(resources=[NOTES, service.Resource("notes", "page", [])])
 
 
-@cases(
-    "sent, status, expected",
-    {
-        "what is missing has its default": ({"text": "x"}, 201, NOTE),
-        "JSON keeps its kinds": (NOTE | {"rank": 7}, 201, NOTE | {"rank": 7}),
-        "what is unknown is left out": ({"text": "x", "more": 1}, 201, NOTE),
-        "null is not given": (NOTE | {"rank": None}, 201, NOTE),
-        "every error at once": ({"rank": 1.5}, 400, {"text", "rank"}),
-        "null for what is required": ({"text": None}, 400, {"text"}),
-    },
-)
 @each("request_line", ["POST /notes", "PUT /notes/mine"])
-def test_an_item_is_made_of_arguments(request_line, sent, status, expected):
+def test_an_item_is_made_of_the_arguments_of_its_resource(request_line):
     alice = World(resources=[NOTES]).user()
-    answer = alice(request_line, sent)
-    assert answer.status == status
-    assert (answer.json if status == 201 else answer.json["message"].keys()) == expected
-    assert len(alice("GET /notes").json) == (2 if status == 201 else 1)
+    for more in ({}, {"rank": 7}, {"unknown": 1}, {"rank": None}):  # null: not given
+        item = {name: value for name, value in more.items() if name == "rank" and value}
+        assert alice(request_line, {"text": "x"} | more).json == NOTE | item
+    refused = alice(request_line, {"text": None, "rank": 1.5})
+    assert (refused.status, set(refused.json["message"])) == (400, {"text", "rank"})
 
 
 def test_an_item_that_was_read_can_be_put_back():
@@ -898,17 +737,17 @@ def test_an_item_that_was_read_can_be_put_back():
     assert alice("PUT /notes/note2", {"text": "x"}).json == NOTE  # defaults come back
 
 
-@cases(
-    "sent, status, changed",
-    {
-        "nothing": ({}, 200, {}),
-        "one, though another is required": ({"done": True}, 200, {"done": True}),
-        "none when one of them is bad": ({"rank": "x", "done": True}, 400, {}),
-        "to its default by null": ({"rank": None}, 200, {"rank": 0}),
-        "away by null": ({"colour": None}, 200, {"colour": None}),
-        "not by null what is required": ({"text": None}, 400, {}),
-    },
-)
+CHANGES: dict[str, tuple[dict[str, Any], int, dict[str, Any]]] = {
+    "nothing": ({}, 200, {}),
+    "one, though another is required": ({"done": True}, 200, {"done": True}),
+    "none when one of them is bad": ({"rank": "x", "done": True}, 400, {}),
+    "to its default by null": ({"rank": None}, 200, {"rank": 0}),
+    "away by null": ({"colour": None}, 200, {"colour": None}),
+    "not by null what is required": ({"text": None}, 400, {}),
+}
+
+
+@cases("sent, status, changed", CHANGES)
 def test_a_merge_patch_changes_what_is_sent(sent, status, changed):
     alice = World(resources=[NOTES]).user()
     before = {"text": "x", "rank": 7, "done": False, "colour": "red"}
@@ -960,27 +799,13 @@ def test_a_block_that_raises_changes_nothing(alice, error):
     assert alice.world.owned("alice") == before
 
 
-def test_a_sqlite_file_keeps_all_of_it_through_a_restart(tmp_path):
-    url = f"sqlite:///{tmp_path}/todo.db"
-    alice = World(service.open_store(url)).user()
-    assert alice("PUT /todos/mine", {"task": "x"}).status == 201
-    assert alice("DELETE /todos/todo2").status == 204
-    page, before = alice("GET /todos?limit=2").headers["Link"], alice("GET /todos").json
-    again = World(service.open_store(url), alice.world.clock)
-    alice = User(again, "alice", alice.pair).refresh()
-    assert (alice("GET /todos").json, list(before)[2]) == (before, "mine")
-    assert alice("GET " + next_page(page)).json == {"mine": {"task": "x"}}
-    assert again("GET /health").json == {"status": "ok"}
-    assert delete_account(alice).status == 204
-    assert again.owned("alice") == {"account": {"hash": None}}
-
-
 # ---- Tokens -------------------------------------------------------------------------
 # Forgeries are made with hmac and base64 alone, so that no library mends what is to be
 # broken. Keys that others verify with are in tests/test_clients.py.
 
 OTHER_SECRET = "fedcba9876543210fedcba9876543210"
 NO_TOKEN, BAD_TOKEN, NO_GRANT = "401", "401 invalid_token", "400 invalid_grant"
+FILES, OTHER = "https://files.example", "https://other.example"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 
 
@@ -1004,7 +829,7 @@ def mac(text: str, key: str = SECRET, digest: str = "sha256") -> str:
 
 
 def signed(header: Any, claims: Any, key: str = SECRET, digest: str = "sha256") -> str:
-    """A token; header and claims are JSON values, or bytes that stand for themselves."""
+    """A token; header and claims are JSON, or bytes that stand for themselves."""
     parts = (json.dumps(x) if not isinstance(x, bytes) else x for x in (header, claims))
     text = ".".join(encoded(x.encode() if isinstance(x, str) else x) for x in parts)
     return f"{text}.{mac(text, key, digest)}"
@@ -1017,7 +842,7 @@ def altered(token: str, **claims: Any) -> str:
 
 
 def answer_to(world: World, credentials: str | None) -> str:
-    """How an Authorization header is answered: 200, or 401 and the error code if any."""
+    """How an Authorization header is answered: 200, or 401 and the error code."""
     answer = world("GET /users/me", environ={"HTTP_AUTHORIZATION": credentials})
     if answer.status == 200:
         return "200"
@@ -1053,9 +878,6 @@ def forged_signatures(token: str) -> Iterator[str]:
     for bad in (b"", raw[:16], raw + b"\0", raw * 2, bytes(32), raw.hex().encode()):
         yield f"{text}.{encoded(bad)}"
     yield f"{altered(token, sub='bob').rpartition('.')[0]}.{mark}"
-    for at, letter in enumerate(mark):
-        other = LETTERS[(LETTERS.index(letter) + 32) % 64]
-        yield f"{text}.{mark[:at]}{other}{mark[at + 1 :]}"
     for other in LETTERS.replace(mark[-1], ""):  # the last two of its bits are spare
         yield f"{text}.{mark[:-1]}{other}"
 
@@ -1063,11 +885,9 @@ def forged_signatures(token: str) -> Iterator[str]:
 def forged_headers(token: str) -> Iterator[str]:
     header, claims = opened(token)
     kid, typ, plain = header["kid"], header["typ"], json.dumps(header)[:-1].encode()
-    for alg in ("none", "None", "NONE", " none", "", None, [], {}, ["none"], True, 0):
-        text = signed(header | {"alg": alg}, claims)
+    algorithms = ["none", "NONE", "", None, [], {}, True, 0, "HS512", "hs256", "RS256"]
+    for text in (signed(header | {"alg": alg}, claims) for alg in algorithms):
         yield from (text, text[: text.rindex(".") + 1])
-    for alg in ("HS512", "HS384", "hs256", "HS256 ", "RS256", "ES256", "EdDSA", "dir"):
-        yield signed(header | {"alg": alg}, claims)
     other_kind = "rt+jwt" if typ == "at+jwt" else "at+jwt"
     for wrong in ("JWT", other_kind, typ.upper(), f" {typ}", "", None, [typ], {}, 1):
         yield signed(header | {"typ": wrong}, claims)
@@ -1075,9 +895,8 @@ def forged_headers(token: str) -> Iterator[str]:
     for wrong in [*kids, [], [kid], {}, {kid: 1}, 1.5, "k" * 2_000, "\ud800"]:
         yield signed(header | {"kid": wrong}, claims)
     jwk = {"kty": "oct", "k": encoded(OTHER_SECRET.encode()), "alg": "HS256"}
-    more = {"crit": ["exp"], "b64": True, "jku": "https://evil.example/", "zip": "DEF"}
-    for name, value in (more | {"x5u": "https://evil.example/", "jwk": jwk}).items():
-        yield signed(header | {name: value}, claims)
+    more = {"crit": ["exp"], "b64": True, "jku": OTHER, "x5u": OTHER, "jwk": jwk}
+    yield from (signed(header | {name: more[name]}, claims) for name in more)
     yield signed(header | {"jwk": jwk}, claims, OTHER_SECRET)
     yield from (signed(without(header, name), claims) for name in header)
     yield signed(plain + b',"alg":"none"}', claims)
@@ -1099,7 +918,7 @@ WRONG_CLAIMS: dict[str, list[Any]] = {
 
 
 def forged_claims(token: str) -> Iterator[str]:
-    """Every claim missing, of every wrong type, and wrong; signed with the right key."""
+    """Every claim missing, of every wrong type, and wrong; all rightly signed."""
     header, claims = opened(token)
     for name, value in claims.items():
         yield signed(header, without(claims, name))
@@ -1121,9 +940,7 @@ def damaged(token: str) -> Iterator[str]:
     head, body, mark = token.split(".")
     yield from ("token", ".", "..", "....", head, f"{head}.{body}", f"{token}.{mark}")
     yield from (f".{token}", f"{token}.", f".{body}.{mark}", f"{head}..{mark}")
-    yield from (f"{body}.{head}.{mark}", token * 2, f"{token},{token}", f"{token} x")
     yield from (token[:-1], token[:-4], token + "A", token.upper(), f'"{token}"')
-    yield from (token.replace(".", "%2E"), encoded(token.encode()), f"Bearer {token}")
     yield from ("\U0001f511", token[:-1] + "\u0410", "\xa0" + token, token + "\xa0")
     yield from ("A" * 60_000, "." * 60_000, f"{head}.{'A' * 50_000}.{mark}")
     yield from (f"{token}=", f"{token}==", f"{head}=.{body}.{mark}", f"{head}.{body}=.")
@@ -1132,24 +949,18 @@ def damaged(token: str) -> Iterator[str]:
             yield token[:at] + sign + token[at:]
 
 
-def test_a_login_gives_a_pair_of_tokens_that_no_one_may_store(alice):
-    answer = alice.world("POST /token", LOGIN)
-    assert (answer.status, answer.headers["Cache-Control"]) == (200, "no-store")
-    lives = {"expires_in": 900, "refresh_expires_in": 86_400}
-    tokens = {name: answer.json[name] for name in ("access_token", "refresh_token")}
-    assert answer.json == {"token_type": "Bearer", **lives, **tokens}
-
-
 def test_each_token_says_what_it_is_and_nothing_more_than_it_must(world):
     world.clock.step(0.75)  # times are whole seconds, and promise nothing beyond
     alice, now = world.user(), int(world.clock())
-    sid = sid_of(alice)
+    sid, lives = sid_of(alice), {"expires_in": 900, "refresh_expires_in": 86_400}
+    tokens = {"access_token": alice.access_token, "refresh_token": alice.refresh_token}
+    assert alice.pair == {"token_type": "Bearer", **lives, **tokens}
     header, access = opened(alice.access_token)
     kid, common = header["kid"], {"iss": ISSUER, "sub": "alice", "sid": sid}
     assert header == {"alg": "HS256", "typ": "at+jwt", "kid": kid}
     own = {"iat": now, "exp": now + 900, "aud": [ISSUER], "jti": access["jti"]}
     assert access == common | own
-    assert (type(access["jti"]), len(sid) >= 16) == (str, True)  # 96 bits or more
+    assert len(sid) >= 16 <= len(access["jti"])  # 96 bits or more
     header, refresh = opened(alice.refresh_token)
     assert header == {"alg": "HS256", "typ": "rt+jwt", "kid": kid}
     assert refresh == {**common, "gen": 1, "exp": now + 86_400}
@@ -1166,9 +977,7 @@ def test_access_tokens_differ_and_a_generation_is_always_the_same_text(alice):
     users = [alice, first, second, other]
     assert len({opened(user.access_token)[1]["jti"] for user in users}) == 4
     assert len({sid_of(user) for user in users}) == 2
-
-
-FILES, OTHER = "https://files.example", "https://other.example"
+    assert all(user.is_in for user in users)  # an access token has its time
 
 
 @cases(
@@ -1216,9 +1025,8 @@ def test_a_key_verifies_only_what_names_it_and_its_id_reveals_nothing_of_it():
     answers = [answer_to_bearer(world, token) for token in forged]
     assert answers == ["200", BAD_TOKEN, BAD_TOKEN, "200"]
     assert not any(SECRET[at : at + 6] in header["kid"] for at in range(27))
-    for name in hashlib.algorithms_guaranteed - {"shake_128", "shake_256"}:
-        digest = hashlib.new(name, SECRET.encode(), usedforsecurity=False).digest()
-        assert header["kid"] not in (digest.hex() + encoded(digest)), "a guess fits"
+    digest = hashlib.sha256(SECRET.encode())
+    assert header["kid"] not in digest.hexdigest() + encoded(digest.digest())
 
 
 @each("forgeries", [forged_signatures, forged_headers, forged_claims, damaged])
@@ -1237,30 +1045,19 @@ def test_a_forged_or_damaged_token_opens_buys_and_ends_nothing(alice, forgeries)
     assert answer_to_grant(world, altered(refresh)) == "200"
 
 
-def test_neither_kind_of_token_does_the_work_of_the_other(alice):
-    world, (to_access, access) = alice.world, opened(alice.access_token)
-    to_refresh, refresh = opened(alice.refresh_token)
-    assert alice.is_in  # the token is remembered now, as an access token
-    mixed = [signed(to_access, refresh), signed(to_refresh, access)]
-    for token in [alice.refresh_token, *mixed]:
-        assert answer_to_bearer(world, token) == BAD_TOKEN
-    for token in [alice.access_token, *mixed]:
-        assert answer_to_grant(world, token) == NO_GRANT
-    assert answer_to_grant(world, alice.refresh_token) == "200"
-
-
 def test_credentials_are_one_token_after_the_scheme_in_any_case(alice):
     token = alice.access_token
     for scheme in ("Bearer ", "bearer ", "BEARER ", "bEaReR   "):
         assert answer_to(alice.world, f"{scheme}{token} ") == "200"
-    others = [None, "", " ", "Basic YTpi", "Basic", f"Token {token}", f"JWT {token}"]
+    others = [None, "", " ", "Basic YTpi", f"Token {token}"]
     for credentials in [*others, token, f"Bearer{token}", f"DPoP {token}", "\xff", ":"]:
         assert answer_to(alice.world, credentials) == NO_TOKEN, credentials
     bad = ["Bearer", "Bearer ", "Bearer ,", "Bearer a=b", f"Bearer {token}, Bearer x"]
     bad += [f"Bearer {token} {token}", f"Bearer token={token}", f'Bearer "{token}"']
     bad += [f"Bearer {blank}{token}" for blank in "\t\v\f\x1c\x1f\x85\xa0"]
-    for credentials in bad:
+    for credentials in [*bad, f"Bearer {alice.refresh_token}"]:
         assert answer_to(alice.world, credentials) == BAD_TOKEN, credentials
+    assert answer_to_grant(alice.world, token) == NO_GRANT
 
 
 def test_a_token_is_taken_from_the_authorization_header_and_nowhere_else(alice):
@@ -1285,8 +1082,8 @@ def test_a_token_that_was_remembered_still_expires_and_is_still_revoked(alice):
 
 
 # ---- Sessions -----------------------------------------------------------------------
-# A session ends a day after its login, or when its user, a change of password or a second
-# use of an old refresh token ends it; however it ends, all of its tokens are dead at once.
+# A session ends a day after its login, or when its user, a new password or a second use
+# of an old refresh token ends it; however it ends, all of its tokens are dead at once.
 
 DAY = 86_400
 NEW_PASSWORD = "another horse battery"
@@ -1347,35 +1144,6 @@ def test_who_refreshes_every_ten_minutes_is_asked_for_no_password_for_24_hours(a
     assert alice.world.log_in().is_in
 
 
-def test_an_access_token_ends_before_its_session_and_never_after_it():
-    long, short = World().user(), World(refresh_ttl=60).user()
-    long.world.clock.step(900)
-    assert (long.is_in, long.refresh().is_in) == (False, True)
-    assert (short.pair["expires_in"], short.pair["refresh_expires_in"]) == (60, 60)
-    short.world.clock.step(60)
-    assert is_dead(short)
-
-
-def test_a_session_ends_when_its_login_said_whatever_the_settings_say_later(alice):
-    store, clock = alice.world.store, alice.world.clock
-    later = World(store, clock, refresh_ttl=2 * DAY, access_ttl=DAY)
-    clock.step(DAY - 60)
-    alice = User(later, "alice", alice.pair).refresh()
-    assert (alice.pair["expires_in"], alice.pair["refresh_expires_in"]) == (60, 60)
-    clock.step(60)
-    assert is_dead(alice)
-
-
-def test_a_refresh_gives_two_new_tokens_of_the_same_session(alice):
-    fresh = alice.refresh()
-    assert fresh.access_token != alice.access_token
-    assert fresh.refresh_token != alice.refresh_token
-    assert sid_of(fresh) == sid_of(alice)
-    assert (alice.is_in, fresh.is_in) == (True, True)  # an access token has its time
-    grant = {"grant_type": "refresh_token", "refresh_token": fresh.refresh_token}
-    assert alice.world("POST /token", grant, authorization="Bearer x").status == 200
-
-
 @each("wait", [0, 29.999, 30])
 def test_in_the_grace_an_old_token_gives_the_same_successor_again(alice, wait):
     alice.world.clock.step(3600)
@@ -1410,12 +1178,13 @@ def test_past_the_grace_an_old_token_ends_the_session_for_good(alice, caplog, wa
     assert (other.refresh().is_in, bob.refresh().is_in) == (True, True)
 
 
-@each("age", [2, 3, 5])
+@each("age", [0, 2, 5])  # 0: one that does not exist yet
 def test_an_older_token_ends_the_session_even_within_the_grace(alice, age):
     generations = [alice]
     for _ in range(age):
         generations.append(generations[-1].refresh())
-    assert answer_to_grant(alice.world, alice.refresh_token) == NO_GRANT
+    token = altered(alice.refresh_token, gen=1 if age > 0 else 2)
+    assert answer_to_grant(alice.world, token) == NO_GRANT
     assert sessions_of(alice) == {}
     assert is_dead(*generations)
 
@@ -1427,32 +1196,11 @@ def test_without_a_grace_a_refresh_token_is_good_for_one_use():
     assert is_dead(second)
 
 
-def test_a_generation_that_does_not_exist_yet_buys_nothing(alice):
-    assert answer_to_grant(alice.world, altered(alice.refresh_token, gen=2)) == NO_GRANT
-
-
-@cases("step, answer", {"a little": (-20, "200"), "an hour": (-3600, NO_GRANT)})
-def test_a_clock_that_is_set_back_lengthens_no_grace(alice, step, answer):
+def test_a_clock_that_is_set_back_lengthens_no_grace(alice):
     alice.refresh()
-    alice.world.clock.step(step)
-    assert answer_to_grant(alice.world, alice.refresh_token) == answer
-
-
-def test_twenty_who_refresh_at_once_get_one_successor_that_works(alice):
-    users = together(20, lambda _: alice.refresh())
-    assert len({user.access_token for user in users}) == 20
-    assert {opened(user.refresh_token)[1]["gen"] for user in users} == {2}
-    assert all(user.is_in for user in users)
-    assert users[0].refresh().is_in
-
-
-def test_of_refreshes_and_a_logout_at_once_the_logout_stands(alice):
-    acts = [refreshed] * 7 + [log_out] + [refreshed] * 8
-    answers = [each for each in together(16, lambda n: acts[n](alice)) if each]
-    assert {answer.status for answer in answers} <= {200, 400}
-    assert sessions_of(alice) == {}
-    pairs = [answer.json for answer in answers if answer.status == 200]
-    assert is_dead(alice, *(User(alice.world, "alice", pair) for pair in pairs))
+    for step, answer in ((-20, "200"), (-3600, NO_GRANT)):
+        alice.world.clock.step(step)
+        assert answer_to_grant(alice.world, alice.refresh_token) == answer
 
 
 def test_a_login_past_the_twentieth_ends_what_was_not_refreshed_for_longest(world):
@@ -1489,17 +1237,6 @@ def test_any_token_of_a_session_logs_out_of_it(alice, kind):
     assert is_dead(alice, second)
     log_out(alice)  # once more is no error
     assert (other.refresh().is_in, bob.refresh().is_in) == (True, True)
-
-
-def test_revoking_what_is_no_token_is_no_error_and_ends_nothing(alice):
-    before, token = alice.world.owned("alice"), alice.access_token
-    odd = [{name: x} for name in ("sub", "sid", "iss") for x in ("x", "\0", "a" * 99)]
-    forged = [altered(token, **claims) for claims in odd]
-    for text in ["x", "a.b.c", "é", " ", token[:-1], *forged]:
-        form = {"token": text, "token_type_hint": "refresh_token"}
-        assert alice.world("POST /revoke", form=form).json == {}
-    assert alice.world.owned("alice") == before
-    assert alice.world.owned("unknown") == {}
 
 
 def test_a_change_of_password_ends_every_other_session_of_the_user(alice):
@@ -1570,12 +1307,9 @@ def interrupted(user: User, happening: Callable[[User], Any]) -> User:
         "a new password, another": (change_password, change_password, 400),
         "a new password, a logout": (log_out, change_password, 401),
         "a deletion, a new password": (change_password, delete_account, 400),
-        "a deletion, a logout": (log_out, delete_account, 401),
-        "a refresh, a deletion": (delete_account, refreshed, 400),
         "a refresh, a logout": (log_out, refreshed, 400),
+        "a refresh, its end": (lambda user: user.world.clock.step(DAY), refreshed, 400),
         "a new item, a logout": (log_out, lambda user: user("POST /todos", TASK), 401),
-        "a change, a logout": (log_out, lambda user: user("PUT /todos/x", TASK), 401),
-        "a removal, a logout": (log_out, lambda user: user("DELETE /todos/todo1"), 401),
     },
 )
 def test_what_another_did_first_stands(alice, caplog, happening, act, status):
@@ -1591,31 +1325,10 @@ def test_what_another_did_first_stands(alice, caplog, happening, act, status):
     assert events(caplog, "reuse detected") == []
 
 
-def test_a_session_that_runs_out_during_its_refresh_is_over_and_no_reuse(alice, caplog):
-    caplog.set_level(logging.INFO, "service")
-    alice.world.clock.step(DAY - 1)
-    late = interrupted(alice, lambda user: user.world.clock.step(2))
-    assert answer_to_grant(late.world, late.refresh_token) == NO_GRANT
-    assert events(caplog, "reuse detected") == []
-
-
 # ---- Passwords ----------------------------------------------------------------------
-# Names and passwords that are taken, what counts as the same, and how guessing is slowed.
+# Names and passwords that are taken, what is the same, and how guessing is slowed.
 
 HERE, THERE = "192.0.2.1", "192.0.2.2"
-
-
-@pytest.fixture
-def hashings(monkeypatch):
-    """Grows whenever a password is hashed with scrypt."""
-    counted, scrypt = [], hashlib.scrypt
-
-    def count(*given, **options):
-        counted.append(1)
-        return scrypt(*given, **options)
-
-    monkeypatch.setattr(hashlib, "scrypt", count)
-    return counted
 
 
 def sign_up(world: World, name: Any, password: Any = PASSWORD, **more: Any) -> Answer:
@@ -1637,28 +1350,23 @@ def fail(world: World, times: int, name: str = "alice", address: str = HERE) -> 
     "name, taken_as",
     {
         "all that may be in it": ("0a.b_c@d-e+f", "0a.b_c@d-e+f"),
-        "64 characters": ("0" + "-" * 63, "0" + "-" * 63),
-        "as a phone types it": ("Alice", "alice"),
         "an address": ("Alice+Todo@Example.com", "alice+todo@example.com"),
     },
 )
 def test_a_name_is_lowered_and_finds_its_account_however_typed(world, name, taken_as):
     assert sign_up(world, name).json == {"username": taken_as}
-    assert sign_up(world, taken_as.upper()).status == 409
     user = world.log_in(name)
     assert user("GET /users/me").json == {"username": taken_as, "roles": []}
     assert opened(user.access_token)[1]["sub"] == taken_as
 
 
-ODD_NAMES = ["", "é", " a", "a ", "a b", "a\n", "a\0", "x" * 65, "\uff11", "ß", "İ"]
-
-
-@each("name", [*ODD_NAMES, ".a", "_a", "-a", "+a", "a/b", "a:b", None, True, [], {}])
+@each("name", ["", "é", ".a", " a", "a/b", "a\n", "x" * 65, "ß", "İ", None, True, []])
 def test_any_other_name_is_refused(world, name):
     answer = sign_up(world, name)
     assert (answer.status, list(answer.json["message"])) == (400, ["username"])
 
 
+GREEK = "\u1f82" * 1_024  # each letter decomposes into four
 DECOMPOSED = unicodedata.normalize("NFD", "éèàùôîçñ")  # 16, and 8 when composed
 SHORT = ["", "x" * 14, "😀" * 14, "é" * 14, DECOMPOSED, None, True, [], {}]
 
@@ -1667,9 +1375,6 @@ SHORT = ["", "x" * 14, "😀" * 14, "é" * 14, DECOMPOSED, None, True, [], {}]
 def test_a_password_too_short_too_long_or_the_name_itself_is_refused(world, password):
     answer = sign_up(world, "a-name-that-is-long", password)
     assert (answer.status, list(answer.json["message"])) == (400, ["password"])
-
-
-GREEK = "\u1f82" * 1_024  # each letter decomposes into four
 
 
 @cases(
@@ -1688,13 +1393,6 @@ def test_a_password_is_the_same_however_it_is_typed(world, password, typed):
     assert world.owned("ann")["account"]["hash"].startswith("scrypt:32768:8:1$")
 
 
-def test_of_two_who_sign_up_under_one_name_one_gets_it(world):
-    answers = together(2, lambda number: sign_up(world, "ann", PASSWORD + str(number)))
-    statuses = [answer.status for answer in answers]
-    assert sorted(statuses) == [201, 409]
-    assert world.log_in("ann", PASSWORD + str(statuses.index(201))).is_in
-
-
 def test_closed_sign_up_is_403_whatever_is_sent_and_open_tells_every_fault(world):
     faults = world("POST /users", {"username": "é"}).json["message"]
     assert faults.keys() == {"username", "password"}
@@ -1704,7 +1402,14 @@ def test_closed_sign_up_is_403_whatever_is_sent_and_open_tells_every_fault(world
     assert world.user("bob").is_in
 
 
-def test_an_unknown_user_costs_and_tells_as_much_as_a_wrong_password(world, hashings):
+def test_an_unknown_user_costs_and_tells_as_much_as_a_wrong_one(world, monkeypatch):
+    hashings, scrypt = [], hashlib.scrypt
+
+    def count(*given, **options):
+        hashings.append(1)
+        return scrypt(*given, **options)
+
+    monkeypatch.setattr(hashlib, "scrypt", count)
     sign_up(world, "alice")
     hashings.clear()
     wrong = guess(world, "alice")
@@ -1712,8 +1417,10 @@ def test_an_unknown_user_costs_and_tells_as_much_as_a_wrong_password(world, hash
     for name in ("nobody", "é", "x" * 500):
         hashings.clear()
         answer = guess(world, name)
-        assert (answer.status, answer.body, len(hashings)) == (400, wrong.body, 1)
-        assert answer.headers == wrong.headers
+        assert (answer, len(hashings)) == (wrong, 1)
+    fail(world, 9, "nobody")
+    hashings.clear()
+    assert (guess(world, "nobody").status, hashings) == (429, [])
 
 
 def test_after_ten_wrong_passwords_the_wait_doubles_from_a_second_to_15_minutes(alice):
@@ -1762,13 +1469,6 @@ def test_a_wrong_password_of_somebody_logged_in_counts_like_a_failed_login(alice
     assert alice("GET /users/me", address=HERE).status == 200  # tokens work
 
 
-def test_an_unknown_name_waits_like_a_known_one_and_costs_no_hashing(world, hashings):
-    fail(world, 10, "nobody")
-    hashings.clear()
-    assert {guess(world, "nobody").status for _ in range(9)} == {429}
-    assert hashings == []
-
-
 def test_guesses_at_once_are_not_more_guesses(alice):
     statuses = [each.status for each in together(18, lambda _: guess(alice.world))]
     assert {400} < set(statuses) <= {400, 429, 503}
@@ -1791,12 +1491,9 @@ def test_an_address_that_goes_through_many_names_is_throttled_for_all(world):
 @cases(
     "addresses, same, other",
     {
-        "IPv4": ("192.0.2.1", "192.0.2.1", "192.0.2.3"),
         "IPv4 with ports": ("192.0.2.1:80 192.0.2.1:81", "192.0.2.1", "192.0.2.3"),
         "a /64 of IPv6": ("2001:db8::1 2001:db8::2", "2001:DB8::f:0", "2001:db8:0:1::"),
-        "IPv6 with ports": ("[2001:db8::1]:80 [2001:db8::2]:81", "2001:db8::3", "::1"),
         "IPv4 at an IPv6 socket": ("::ffff:192.0.2.1", "192.0.2.1", "::ffff:192.0.2.3"),
-        "a Unix socket": ("unix:", "unix:", "192.0.2.3"),
     },
 )
 def test_what_counts_as_one_client(alice, addresses, same, other):
@@ -1805,26 +1502,6 @@ def test_what_counts_as_one_client(alice, addresses, same, other):
         fail(alice.world, 1, address=next(clients))
     assert guess(alice.world, "alice", same, PASSWORD).status == 429
     assert guess(alice.world, "alice", other, PASSWORD).status == 200
-
-
-def test_of_guesses_only_the_newest_are_remembered(alice):
-    fail(alice.world, 10)
-    for number in range(10_001):  # with the network's own count twice as many
-        address = f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}"
-        alice.world.app.passwords.match(CHEAP_HASH, "wrong", "alice", address)
-    assert guess(alice.world, password=PASSWORD).status == 200
-
-
-def test_a_rush_of_logins_is_told_to_come_again_and_keeps_nobody_else_out(world):
-    sign_up(world, "alice")
-    addresses = [THERE] * 3 + [HERE] * 40
-    answers = together(43, lambda n: guess(world, "alice", addresses[n], PASSWORD))
-    statuses = [answer.status for answer in answers]
-    assert statuses[:3] == [200] * 3
-    assert (set(statuses), statuses.count(200) >= 8) == ({200, 503}, True)
-    refused = answers[statuses.index(503)]
-    assert int(refused.headers["Retry-After"]) > 0
-    assert oauth_error(refused, 503) == "temporarily_unavailable"
 
 
 def test_the_log_names_event_user_and_address_and_no_secret(alice, caplog):
@@ -1839,21 +1516,18 @@ def test_the_log_names_event_user_and_address_and_no_secret(alice, caplog):
         return answer
 
     logged("sign-up", sign_up(world, "ann", address=HERE), "ann")
-    logged("failed login", guess(world, password="a wrong secret"))
     alice = User(world, "alice", logged("login", guess(world, password=PASSWORD)).json)
     body = {"password": "a wrong secret", "new_password": NEW_PASSWORD}
     logged("failed login", alice("PATCH /users/me", body, **at))
     body["password"] = PASSWORD
     logged("password changed", alice("PATCH /users/me", body, **at))
-    alice.refresh()
-    world.clock.step(60)
+    alice.refresh().refresh()
     grant = {"grant_type": "refresh_token", "refresh_token": alice.refresh_token}
     logged("reuse detected", world("POST /token", grant, **at))
     pairs = [guess(world, password=NEW_PASSWORD).json for _ in range(2)]
     caplog.clear()
     logged("logout", world("POST /revoke", {"token": pairs[0]["refresh_token"]}, **at))
-    last = User(world, "alice", pairs[1])
-    body = {"password": NEW_PASSWORD}
+    last, body = User(world, "alice", pairs[1]), {"password": NEW_PASSWORD}
     logged("account deleted", last("DELETE /users/me", body, **at))
     fail(world, 10)
     caplog.clear()
@@ -1872,40 +1546,22 @@ def test_a_name_writes_no_log_line_of_its_own_and_no_long_one(world, caplog, nam
     assert len(line) < 1_000
 
 
-@cases("proxies, status", {"one proxy": (1, 200), "none": (0, 429)})
-def test_a_forwarded_address_counts_only_when_a_proxy_is_trusted(proxies, status):
-    world = World(proxies=proxies)
-    world.user()
-
-    def log_in(forwarded, password="wrong"):
-        form = LOGIN | {"password": password}
-        return world("POST /token", form=form, x_forwarded_for=forwarded).status
-
-    for number in range(10):  # what stands before the last is the client's own word
-        assert log_in(f"10.9.9.{number}, {HERE}") == 400
-    assert log_in(f"10.1.1.1, {HERE}", PASSWORD) == 429
-    assert log_in(f"{HERE}, {THERE}", PASSWORD) == status
-
-
 # ---- Requests and answers -----------------------------------------------------------
-# Bodies, headers and URLs, whatever the view; and what is refused before any view.
 
 STARTERS = ["build an API", "?????", "profit!"]
 STARTER = {f"todo{number}": {"task": task} for number, task in enumerate(STARTERS, 1)}
-WORLD = {"task": "Grüße, 世界 😀"}
+GREETING = {"task": "Grüße, 世界 😀"}
 TRANSCRIPT: list[tuple[str, dict[str, str] | None, int, Any]] = [
     ("GET /health", None, 200, {"status": "ok"}),
     ("GET /users/me", None, 200, {"username": "alice", "roles": []}),
     ("GET /todos", None, 200, STARTER),
-    ("GET /todos/todo9", None, 404, {"message": "Todo todo9 doesn't exist"}),
     ("POST /todos", {"task": "something new"}, 201, {"task": "something new"}),
-    ("GET /todos/todo4", None, 200, {"task": "something new"}),
     ("PUT /todos/todo3", {"task": "another"}, 201, {"task": "another"}),
     ("PUT /todos/errand", {"task": "milk"}, 201, {"task": "milk"}),
-    ("PATCH /todos/errand", WORLD, 200, WORLD),
+    ("PATCH /todos/errand", GREETING, 200, GREETING),
     ("DELETE /todos/todo2", None, 204, None),
     ("DELETE /todos/todo2", None, 404, {"message": "Todo todo2 doesn't exist"}),
-    ("GET /todos/errand", None, 200, WORLD),
+    ("GET /todos/errand", None, 200, GREETING),
 ]
 
 
@@ -1922,12 +1578,7 @@ def test_the_transcript_is_answered_the_same_for_json_and_forms(alice, kind):
     assert list(alice("GET /todos").json) == ["todo1", "todo3", "todo4", "errand"]
 
 
-def part(name: str, more: str = "", text: bytes = b"x") -> bytes:
-    head = f'--b\r\nContent-Disposition: form-data; name="{name}"{more}\r\n\r\n'
-    return head.encode("latin-1") + text + b"\r\n--b--\r\n"
-
-
-PARTS, ITEM = f"{MULTIPART}; boundary=b", b'{"task": "x"}'
+ITEM = b'{"task": "x"}'
 NAMELESS = part("task").replace(b'; name="task"', b"")
 
 
@@ -1935,22 +1586,17 @@ NAMELESS = part("task").replace(b'; name="task"', b"")
     "content_type, data, status",
     {
         "JSON": (JSON, ITEM, 200),
-        "JSON in capitals": (f"{JSON.upper()}; charset=utf-8", ITEM, 200),
         "a merge patch": (MERGE_PATCH, ITEM, 200),
         "no arguments at all": (JSON, b"{}", 200),
         "nothing": (None, b"", 200),
         "a JSON patch that is an object": ("application/json-patch+json", ITEM, 415),
-        "text": ("text/plain", ITEM, 415),
-        "almost JSON": ("application/jsonx", ITEM, 415),
         "no type": (None, ITEM, 415),
         "JSON under the type of a form": (FORM, ITEM, 400),
         "Latin-1 in a form": (FORM, b"task=caf%E9", 400),
-        "Latin-1 in a name": (FORM, b"caf%E9=x&task=x", 400),
         "Latin-1 in a part": (PARTS, part("task", text=b"caf\xe9"), 400),
         "Latin-1 in a part's name": (PARTS, part("caf\xe9")[:-7] + part("task"), 400),
         "no boundary": (MULTIPART, part("task"), 400),
         "another boundary": (f"{MULTIPART}; boundary=a", part("task"), 400),
-        "no end": (PARTS, part("task")[:-9], 400),
         "a part without a name": (PARTS, NAMELESS, 400),
         "an upload for text": (PARTS, part("task", '; filename="a"'), 400),
         "only unknown names": (FORM, b"tusk=x", 400),
@@ -1968,40 +1614,18 @@ def test_a_body_is_read_as_its_type_says_or_refused(alice, content_type, data, s
     if status != 200:
         for request in ("PUT /todos/todo1", "POST /todos"):
             assert alice(request, data, content_type=content_type).status == status
+    elif data == ITEM:
+        given = {"content_type": content_type, "content_encoding": "gzip"}
+        assert alice("PATCH /todos/todo1", gzip.compress(data), **given).status == 415
 
 
-def test_a_compressed_body_is_415(alice):
-    for kind, plain in ((JSON, ITEM), (FORM, b"task=x")):
-        given = {"content_type": kind, "content_encoding": "gzip"}
-        assert alice("PATCH /todos/todo1", gzip.compress(plain), **given).status == 415
+class Broken(io.BytesIO):
+    """A body that breaks; each server has errors of its own for that."""
 
+    def read(self, size: int | None = -1) -> bytes:
+        raise Exception("a bad chunk")
 
-@each("kind", [FORM, PARTS])
-def test_a_password_in_another_encoding_is_400_and_never_another_ones(world, kind):
-    """Every byte that is no UTF-8 was the same letter: a wrong password fitted."""
-    word = "секретныйпароль".encode("cp1251")
-    data = b"username=rus&grant_type=password&password=" + word
-    if kind == PARTS:
-        data = part("username", text=b"rus")[:-7] + part("password", text=word)
-    for request in ("POST /users", "POST /token"):
-        assert world(request, data, content_type=kind).status == 400
-
-
-class Drip(io.RawIOBase):
-    """A body that comes in small pieces, and then breaks, if it is told to."""
-
-    def __init__(self, data: bytes, error: Exception | None = None) -> None:
-        self.rest, self.error = data, error
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        piece, self.rest = self.rest[:7], self.rest[7:]
-        if not piece and self.error is not None:
-            raise self.error
-        buffer[: len(piece)] = piece
-        return len(piece)
+    readline = read
 
 
 def chunked(data: Any) -> dict[str, Any]:
@@ -2021,31 +1645,20 @@ def test_a_body_over_the_limit_is_413_and_never_cut_short(is_chunked):
     assert list(alice("GET /todos").json) == [*STARTER, "todo4"]
 
 
-def test_a_body_that_comes_in_drips_is_read_to_its_end_and_a_broken_one_is_400(alice):
-    for environ in (chunked(Drip(ITEM)), {"wsgi.input": Drip(ITEM)}):
-        answer = alice("POST /todos", ITEM, content_type=JSON, environ=environ)
-        assert answer.json == {"task": "x"}
-    for error in (OSError(), EOFError(), Exception("gunicorn has classes of its own")):
-        cut = {"wsgi.input": Drip(b"task=cut", error), "CONTENT_LENGTH": "100"}
-        for environ in (chunked(Drip(b"task=cut", error)), cut):
-            answer = alice("POST /todos", b"", content_type=FORM, environ=environ)
-            assert answer.status == 400
-
-
 ENDLESS = chunked(io.BytesIO(b"task=x")) | {"wsgi.input_terminated": None}
+WRONG_LENGTHS: dict[str, tuple[dict[str, Any], int]] = {
+    "shorter than it says": ({"CONTENT_LENGTH": "14"}, 400),
+    "and ended": ({"CONTENT_LENGTH": "14", "wsgi.input_terminated": True}, 400),
+    "too long, by its header alone": ({"CONTENT_LENGTH": "200000"}, 413),
+    "longer than any number": ({"CONTENT_LENGTH": "9" * 30}, 413),
+    "without a length or an end": (ENDLESS, 411),
+    "broken": ({"wsgi.input": Broken()}, 400),
+    "broken on its way": (chunked(Broken()), 400),
+}
 
 
-@cases(
-    "environ, status",
-    {
-        "shorter than it says": ({"CONTENT_LENGTH": "14"}, 400),
-        "and ended": ({"CONTENT_LENGTH": "14", "wsgi.input_terminated": True}, 400),
-        "too long, by its header alone": ({"CONTENT_LENGTH": "200000"}, 413),
-        "longer than any number": ({"CONTENT_LENGTH": "9" * 30}, 413),
-        "without a length or an end": (ENDLESS, 411),
-    },
-)
-def test_a_body_of_the_wrong_length_changes_nothing(alice, environ, status):
+@cases("environ, status", WRONG_LENGTHS)
+def test_a_body_that_ends_too_soon_too_late_or_not_at_all(alice, environ, status):
     answer = alice("POST /todos", b"task=pay 10", content_type=FORM, environ=environ)
     assert (answer.status, list(answer.json)) == (status, ["message"])
     assert alice("GET /todos").json == STARTER
@@ -2053,16 +1666,13 @@ def test_a_body_of_the_wrong_length_changes_nothing(alice, environ, status):
 
 ALLOW = {
     "/": "GET HEAD OPTIONS",
-    "/health": "GET HEAD OPTIONS",
     "/users": "OPTIONS POST",
     "/users/me": "DELETE GET HEAD OPTIONS PATCH",
     "/users/me/sessions": "DELETE GET HEAD OPTIONS",
     "/users/me/sessions/x": "DELETE OPTIONS",
     "/token": "OPTIONS POST",
-    "/revoke": "OPTIONS POST",
     "/todos": "GET HEAD OPTIONS POST",
     "/todos/todo1": "DELETE GET HEAD OPTIONS PATCH PUT",
-    "/openapi.json": "GET HEAD OPTIONS",
     "/.well-known/jwks.json": "GET HEAD OPTIONS",
 }
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "TRACE")
@@ -2083,15 +1693,14 @@ def test_options_tells_anybody_what_may_be_done_and_all_else_is_405(world, path)
     assert ({JSON, MERGE_PATCH} <= patches) == ("PATCH" in allowed)
     for method in set(METHODS) - allowed:
         answer = world(f"{method} {path}")
-        assert (method, answer.status) == (method, 405)
-        assert words(answer, "Allow") == allowed
+        assert (answer.status, words(answer, "Allow")) == (405, allowed)
         assert answer.headers["Content-Type"] == JSON
 
 
-@each("path", ["/", "/health", "/users/me", "/todos", "/todos?limit=1", "/todos/todo1"])
+@each("path", "/ /health /users/me /todos?limit=1 /todos/todo1 /todos/x")
 def test_head_is_get_without_the_body(alice, path):
     got, head = alice(f"GET {path}"), alice(f"HEAD {path}")
-    assert (head.status, head.body, head.headers) == (200, b"", got.headers)
+    assert (head.status, head.body, head.headers) == (got.status, b"", got.headers)
     assert int(head.headers["Content-Length"]) == len(got.body) > 0
 
 
@@ -2102,26 +1711,21 @@ GONE = "/users/alice /%FF /./todos /todos/a/b /.well-known/oauth-authorization-s
 @each("path", NO_PATHS + GONE)
 def test_every_other_path_is_404_and_nothing_is_redirected(alice, path):
     for method in ("GET", "POST", "PUT", "DELETE", "OPTIONS"):
-        answer = alice(f"{method} {path}", None if method == "GET" else {})
-        assert (method, answer.status) == (method, 404)
-        assert answer.headers["Content-Type"] == JSON
+        answer = alice(f"{method} {path}", {})
+        assert (answer.status, answer.headers["Content-Type"]) == (404, JSON)
 
 
-ME = "GET_/users/me PATCH_/users/me DELETE_/users/me GET_/users/me/sessions"
-MINE = " DELETE_/users/me/sessions DELETE_/users/me/sessions/x GET_/todos?limit=0 POST_/todos"
-ITEMS = " HEAD_/todos GET_/todos/x PUT_/todos/x PATCH_/todos/x DELETE_/todos/x"
-
-
-@each("request_line", ME + MINE + ITEMS)
-def test_401_comes_before_all_else_where_a_bearer_is_needed(alice, request_line):
-    for credentials in (None, "Bearer junk"):
+@each("path", [path for path in ALLOW if path.startswith(("/users/me", "/todos"))])
+def test_401_comes_before_all_else_where_a_bearer_is_needed(alice, path):
+    for method in set(ALLOW[path].split()) - {"OPTIONS"}:
         for data, kind in ((b"{bad", JSON), (b"x" * 70_000, "text/plain")):
-            given = {"HTTP_AUTHORIZATION": credentials, "HTTP_IF_MATCH": '"stale"'}
-            request = request_line.replace("_", " ")
-            answer = alice.world(request, data, content_type=kind, environ=given)
-            assert answer.status == 401
-            challenge = answer.headers["WWW-Authenticate"]
-            assert ('error="invalid_token"' in challenge) == (credentials is not None)
+            for credentials in (None, "Bearer junk"):
+                given = {"HTTP_AUTHORIZATION": credentials, "HTTP_IF_MATCH": '"stale"'}
+                request = f"{method} {path}?limit=0"
+                answer = alice.world(request, data, content_type=kind, environ=given)
+                assert answer.status == 401
+                is_told = "invalid_token" in answer.headers["WWW-Authenticate"]
+                assert is_told == (credentials is not None)
 
 
 def test_all_that_a_bearer_sees_is_private_and_tokens_are_not_stored(alice):
@@ -2134,27 +1738,19 @@ def test_all_that_a_bearer_sees_is_private_and_tokens_are_not_stored(alice):
         assert (answer.status, answer.headers["Cache-Control"]) == (200, "no-store")
 
 
-def test_http_1_1_without_host_is_400_and_older_http_needs_none(world):
-    for protocol, status in (("HTTP/1.1", 400), ("HTTP/1.0", 200)):
-        environ = {"HTTP_HOST": None, "SERVER_PROTOCOL": protocol}
-        assert world("GET /health", environ=environ).status == status
-
-
 @pytest.mark.filterwarnings("ignore:QUERY_STRING")
-def test_an_environ_may_leave_out_what_is_empty(alice):
-    """PEP 3333 says so; a server on a Unix socket knows no REMOTE_ADDR."""
-    bare = dict.fromkeys(("QUERY_STRING", "REMOTE_ADDR"))
+def test_an_environ_may_leave_out_what_is_empty_but_http_1_1_no_host(alice):
+    bare = dict.fromkeys(("QUERY_STRING", "REMOTE_ADDR"))  # as on a Unix socket
     assert alice.world("GET ", environ=bare).status == 200
     assert alice.world("POST /token", LOGIN, environ=bare).status == 200
+    assert alice("GET /todos", environ={"HTTP_HOST": None}).status == 400
 
 
 @cases(
     "mount, prefix",
     {
         "none": ("", ""),
-        "one": ("/api", "/api"),
         "with a blank": ("/my tools", "/my%20tools"),
-        "with letters": ("/größe".encode().decode("latin-1"), "/gr%C3%B6%C3%9Fe"),
         "like a host": ("//evil.example", "/evil.example"),
         "like a header": ('/a\r\nX: "<>', "/a%0D%0AX%3A%20%22%3C%3E"),
     },
@@ -2168,13 +1764,8 @@ def test_urls_in_answers_keep_the_mount_and_never_name_a_host(alice, mount, pref
     assert page.startswith(f"<{prefix}/todos?")
     index = {"openapi": f"{prefix}/openapi.json", "docs": f"{prefix}/docs"}
     assert alice.world("GET /", environ=environ).json == index
-
-
-def test_a_trusted_proxy_says_where_the_service_is_mounted():
-    alice, proxy = World(proxies=1).user(), {"x_forwarded_host": "evil.example"}
-    for forwarded, prefix in (("/gate/", "/gate"), ("//evil.example", "/evil.example")):
-        answer = alice("POST /todos", TASK, x_forwarded_prefix=forwarded, **proxy)
-        assert answer.headers["Location"].startswith(f"{prefix}/todos/")
+    proxied = World(proxies=1)("GET /", x_forwarded_prefix="//evil/").json
+    assert proxied["docs"] == "/evil/docs"  # a trusted proxy says where it stands
 
 
 def of(data: bytes, content_type: str = FORM) -> dict[str, Any]:
@@ -2182,17 +1773,11 @@ def of(data: bytes, content_type: str = FORM) -> dict[str, Any]:
 
 
 NASTY: dict[str, tuple[str, dict[str, Any]]] = {
-    "a path that is no UTF-8": ("GET /todos/%FF", {}),
     "a NUL in a path": ("GET /%00", {}),
     "an id of 8,000 letters": ("PUT /todos/" + "x" * 8_000, {"body": TASK}),
-    "a query that is no UTF-8": ("GET /todos?x=%FF&limit=%FF", {}),
     "a query of raw bytes": ("GET /todos?x=\xff", {}),
-    "a cursor past all numbers": ("GET /todos?after=" + "f" * 15, {}),
     "8,001 quotes": ("GET /todos/todo1", {"if_none_match": '"' * 8_001}),
-    "3,000 tags": ("GET /todos/todo1", {"if_none_match": '"a",' * 3_000}),
     "odd headers": ("GET /", {"accept": "\xff;q=nan,;;", "cookie": "a=\xff; =;;"}),
-    "a form of &": ("POST /todos", of(b"&" * 60_000)),
-    "a form of bytes": ("POST /todos", of(b"\xff=\xff%")),
     "1,100 parts": ("POST /todos", of(part("a")[:-6] * 1_100, PARTS)),
     "a file called NUL": ("POST /todos", of(part("task", '; filename="\0"'), PARTS)),
     "another method": ("PROPFIND /todos", {}),
@@ -2222,20 +1807,21 @@ def test_a_tag_is_strong_and_stands_for_what_is_there(alice):
     assert len(set(tags)) == len(tags)
 
 
-@each("path", ["/todos", "/todos?limit=2", "/todos/todo1"])
-@cases(
-    "header, value, statuses",
-    {
-        "the tag": ("if_none_match", "E", {304}),
-        "the tag, weakly": ("if_none_match", "W/E", {304}),
-        "another": ("if_none_match", '"other"', {200}),
-        "an empty header": ("if_none_match", "", {200}),
-        "if it is the tag": ("if_match", "E", {200}),
-        "if it is the tag, weakly": ("if_match", "W/E", {412}),
-        "if it is another": ("if_match", '"other"', {412}),
-        "if it is broken": ("if_match", '"', {400, 412}),
-    },
-)
+READS: dict[str, tuple[str, str, set[int]]] = {
+    "the tag": ("if_none_match", "E", {304}),
+    "the tag, weakly": ("if_none_match", "W/E", {304}),
+    "anything": ("if_none_match", "*", {304}),
+    "one of several": ("if_none_match", '"a,b" ,E,W/"c"', {304}),
+    "an empty header": ("if_none_match", "", {200}),
+    "no tag": ("if_none_match", "other", {400}),
+    "if it is the tag, weakly": ("if_match", "W/E", {412}),
+    "if it is another": ("if_match", '"other"', {412}),
+    "if it is broken": ("if_match", '"', {400, 412}),
+}
+
+
+@each("path", "/todos?limit=2 /todos/todo1")
+@cases("header, value, statuses", READS)
 def test_what_is_read_under_conditions(alice, path, header, value, statuses):
     tag = alice(f"GET {path}").headers["ETag"]
     for method in ("GET", "HEAD"):
@@ -2246,66 +1832,48 @@ def test_what_is_read_under_conditions(alice, path, header, value, statuses):
             assert (answer.body == b"") == (answer.status == 304 or method == "HEAD")
 
 
-WRITES = "PUT_/todos/todo1 PATCH_/todos/todo1 DELETE_/todos/todo1 POST_/todos"
+TAGS: dict[str, tuple[str, str, bool]] = {
+    "the tag": ("if_match", "E", True),
+    "one of several": ("if_match", '"a,b",E ,"x"', True),
+    "an empty header": ("if_match", "", True),
+    "the tag, weakly": ("if_match", "W/E", False),
+    "another": ("if_match", '"stale"', False),
+    "half a tag": ("if_match", '"a', False),
+    "not another": ("if_none_match", '"stale"', True),
+    "not this one": ("if_none_match", "E", False),
+    "not this one, weakly": ("if_none_match", '"a", W/E', False),
+    "nothing yet": ("if_none_match", "*", False),
+}
 
 
-@each("request_line", WRITES)
-@cases(
-    "header, value, is_good",
-    {
-        "the tag": ("if_match", "E", True),
-        "an empty header": ("if_match", "", True),
-        "the tag, weakly": ("if_match", "W/E", False),
-        "another": ("if_match", '"stale"', False),
-        "half a tag": ("if_match", '"a', False),
-        "not another": ("if_none_match", '"stale"', True),
-        "not this one": ("if_none_match", "E", False),
-        "not this one, weakly": ("if_none_match", '"a", W/E', False),
-        "nothing yet": ("if_none_match", "*", False),
-    },
-)
-def test_a_write_needs_its_condition(alice, request_line, header, value, is_good):
-    method, path = request_line.split("_")  # a POST is held against the list
+@each("method", "PUT PATCH DELETE POST")
+@cases("header, value, is_good", TAGS)
+def test_a_write_needs_its_condition(alice, method, header, value, is_good):
+    path = "/todos" if method == "POST" else "/todos/todo1"
     tag = alice(f"GET {path}").headers["ETag"]
     answer = alice(f"{method} {path}", TASK, **{header: value.replace("E", tag)})
-    assert (answer.status < 300) == is_good
-    assert answer.status in (200, 201, 204, 400, 412)
-    if not is_good:
-        assert alice(f"GET {path}").headers["ETag"] == tag
+    assert answer.status in ((200, 201, 204) if is_good else (400, 412))
+    assert is_good or alice(f"GET {path}").headers["ETag"] == tag
 
 
-BOTH = {"if_match": "*", "if_none_match": "*"}
+LAST: dict[str, tuple[str, Any, str, str | None, int]] = {
+    "404 for what is not there": ("PATCH /todos/x", TASK, "*", None, 404),
+    "400 for a bad body": ("PUT /todos/todo1", {}, '"x"', None, 400),
+    "a new id has no tag": ("PUT /todos/x", TASK, "*", None, 412),
+    "a new id": ("PUT /todos/x", TASK, "", "*", 201),
+    "both must hold": ("PUT /todos/todo1", TASK, "*", "*", 412),
+    "both do": ("PUT /todos/todo1", TASK, "*", '"x"', 201),
+}
 
 
-@cases(
-    "request_line, body, headers, status",
-    {
-        "404 for what is not there": ("PATCH /todos/x", TASK, {"if_match": "*"}, 404),
-        "400 for a bad body": ("PUT /todos/todo1", {}, {"if_match": '"x"'}, 400),
-        "a new id has no tag": ("PUT /todos/x", TASK, {"if_match": "*"}, 412),
-        "a new id": ("PUT /todos/x", TASK, {"if_none_match": "*"}, 201),
-        "both must hold": ("PUT /todos/todo1", TASK, BOTH, 412),
-        "both do": ("PUT /todos/todo1", TASK, BOTH | {"if_none_match": '"x"'}, 201),
-    },
-)
-def test_conditions_come_last(alice, request_line, body, headers, status):
-    assert alice(request_line, body, **headers).status == status
-
-
-@each("method", ["PUT", "PATCH", "DELETE"])
-def test_of_sixteen_writers_under_one_condition_one_wins(alice, method):
-    tag = alice("GET /todos/todo1").headers["ETag"]
-
-    def write(number):
-        body, condition = {"task": f"writer {number}"}, {"if_match": tag}
-        return alice(f"{method} /todos/todo1", body, **condition).status
-
-    first, *others = sorted(together(16, write))
-    assert (first < 300, set(others)) == (True, {404 if method == "DELETE" else 412})
+@cases("request_line, body, match, none_match, status", LAST)
+def test_conditions_come_last(alice, request_line, body, match, none_match, status):
+    given = {"HTTP_IF_MATCH": match, "HTTP_IF_NONE_MATCH": none_match}
+    assert alice(request_line, body, environ=given).status == status
 
 
 # ---- Views --------------------------------------------------------------------------
-# Tokens and sessions first, then the items of a resource, their pages, and who may what.
+# Tokens and sessions first, then the items of a resource, their pages, and roles.
 
 
 def oauth_error(answer: Answer, status: int = 400) -> str:
@@ -2322,7 +1890,6 @@ GRANT = "grant_type=refresh_token"
 BAD_FORMS = ["&".join(without(dict.fromkeys(PARAMETERS), each)) for each in PARAMETERS]
 BAD_FORMS += [f"{'&'.join(PARAMETERS)}&{each}" for each in PARAMETERS]
 BAD_FORMS += [GRANT, f"{GRANT}&refresh_token=", f"{GRANT}{2 * '&refresh_token=a'}"]
-BAD_BODIES = [b"{", b"[]", b"null", b"\xff", b"{}", b'{"grant_type": ["password"]}']
 
 
 @each("form", ["", "grant_type=", f"{PARAMETERS[0]}&username=&password=x", *BAD_FORMS])
@@ -2332,13 +1899,10 @@ def test_a_missing_empty_or_repeated_parameter_is_an_invalid_request(alice, form
     assert len(sessions_of(alice)) == 1
 
 
-@each("data", BAD_BODIES)
-def test_a_malformed_token_request_in_json_is_an_invalid_request(world, data):
-    answer = world("POST /token", data, content_type=JSON)
-    assert oauth_error(answer) == "invalid_request"
-
-
 def test_credentials_in_the_url_and_all_other_refusals_have_the_shape_of_oauth(world):
+    for data in (b"{", b"[]", b"\xff", b"{}", b'{"grant_type": ["password"]}'):
+        answer = world("POST /token", data, content_type=JSON)
+        assert oauth_error(answer) == "invalid_request"
     for name in ("grant_type", "username", "password", "refresh_token"):
         answer = world(f"POST /token?{name}=x", LOGIN | {"refresh_token": "x"})
         assert oauth_error(answer) == "invalid_request"
@@ -2364,12 +1928,11 @@ def test_another_grant_or_a_scope_is_refused_and_what_is_unknown_is_ignored(alic
 
 
 def test_a_user_lists_and_ends_sessions(alice):
-    clock, bob = alice.world.clock, alice.world.user("bob")
-    alice.world.log_in()
+    clock = alice.world.clock
     clock.step(DAY - 60)
+    bob, started = alice.world.user("bob"), int(clock())
     alice, phone, laptop = (alice.world.log_in() for _ in range(3))
-    started = int(clock())
-    clock.step(60)  # the first two are over, and not listed any more
+    clock.step(60)  # the first is over, and not listed any more
     phone = phone.refresh()
     listed = alice("GET /users/me/sessions").json
     assert listed.keys() == {sid_of(alice), sid_of(phone), sid_of(laptop)}
@@ -2377,8 +1940,6 @@ def test_a_user_lists_and_ends_sessions(alice):
     known = {**times, "expires_at": started + DAY, "is_current": False}
     assert listed[sid_of(phone)] == known
     assert listed[sid_of(alice)] == known | {"renewed_at": started, "is_current": True}
-    assert bob(f"DELETE /users/me/sessions/{sid_of(phone)}").status == 401
-    bob = alice.world.log_in("bob")
     assert bob(f"DELETE /users/me/sessions/{sid_of(phone)}").status == 404
     ended = alice(f"DELETE /users/me/sessions/{sid_of(phone)}")
     assert (ended.status, ended.body, is_dead(phone)) == (204, b"", True)
@@ -2396,7 +1957,7 @@ def post(user: User, task: str = "x") -> str:
     return answer.headers["Location"].removeprefix(f"{MOUNT}/todos/")
 
 
-@each("task", ["x", " ", " kept\n", "😀" * 10_000, "שלום", "\ufeff\x7f", "e\u0301"])
+@each("task", ["x", " ", "\n", "😀" * 10_000, "\u05e9", "\ufeff\x7f", "e\u0301"])
 def test_a_task_is_1_to_10_000_characters_of_any_script(alice, task):
     data = json.dumps({"task": task}, ensure_ascii=False).encode()
     answer = alice("PUT /todos/x", data, content_type=JSON)
@@ -2410,13 +1971,8 @@ def test_any_other_task_is_refused_under_its_name(alice, task):
         answer = alice(request, {"task": task})
         assert (answer.status, list(answer.json["message"])) == (400, ["task"])
     assert alice("GET /todos").json == STARTER
-
-
-def test_a_missing_task_is_named_with_the_places_that_were_searched(alice):
     lost = "Missing required parameter in the JSON body or the post body"
-    for request in ("POST /todos?task=x", "PUT /todos/todo1?task=x"):
-        for body in (None, {}):  # the query string is not one of them
-            assert alice(request, body).json == {"message": {"task": lost}}
+    assert alice("POST /todos?task=x").json == {"message": {"task": lost}}
 
 
 def test_ids_count_up_and_are_never_given_again(alice):
@@ -2428,11 +1984,8 @@ def test_ids_count_up_and_are_never_given_again(alice):
     assert post(alice) == "todo13"
 
 
-CHOSEN = "todo4 todo6 todo7 todo10 todo15 todo016 todo0 todo-20 todo+21 todo1e2"
-
-
 def test_twenty_creations_overwrite_nothing_that_a_put_chose(alice):
-    chosen = [*CHOSEN.split(), "todo٣", "todo²", "Todo25", "todo", "todo" + "1" * 60]
+    chosen = [f"todo{x}" for x in ("", 4, 6, 7, 10, "016", 0, -20, "1e2", "٣", "²")]
     assert {alice(f"PUT /todos/{id}", {"task": id}).status for id in chosen} == {201}
     made = {post(alice, str(number)): {"task": str(number)} for number in range(20)}
     assert len(made) == 20
@@ -2440,20 +1993,15 @@ def test_twenty_creations_overwrite_nothing_that_a_put_chose(alice):
     assert alice("GET /todos").json == STARTER | items
 
 
-@each("number", [50, 2**31 - 1, 2**53 + 1, 2**63 - 1, 10**20, 10**29, 10**59])
+@each("number", [50, 2**31 - 1, 2**53 + 1, 2**63 - 1, 10**20, 10**29])
 def test_the_counter_rises_above_a_number_that_a_put_chose(alice, number):
     for id in (f"todo{number}", "todo9"):
         assert alice(f"PUT /todos/{id}", TASK).status == 201
     assert alice(f"DELETE /todos/todo{number}").status == 204
-    first, second = post(alice), post(alice)
-    assert first != second
-    assert first == f"todo{number + 1}" or number > 10**40  # too long to count on
+    assert post(alice) == f"todo{number + 1}" != post(alice)
 
 
-IDS = ["a", "A", "é", "😀" * 64, "x" * 64, "a b", " a", "%41", "a?b", "\u200b", "'"]
-
-
-@each("id", [*IDS, *'a&b=c ... .a \\ " | <id> null'.split()])
+@each("id", ["A", "é", "😀" * 64, "x" * 64, " a", "%41", "a?b", "...", "\\", '"', "<>"])
 def test_a_chosen_id_is_1_to_64_characters(alice, id):
     path = f"/todos/{quote(id)}"
     assert alice(f"PUT {path}", TASK).status == 201
@@ -2465,24 +2013,11 @@ def test_a_chosen_id_is_1_to_64_characters(alice, id):
 def test_any_other_id_is_400_when_it_is_chosen_and_else_404(alice, id):
     path = f"/todos/{quote(id, safe='')}"
     assert alice(f"PUT {path}", TASK).status == 400
+    assert alice(f"PUT {path}%FF", TASK).status == 400  # two would become one
     for method in ("GET", "PATCH", "DELETE"):
         answer = alice(f"{method} {path}")
         missing = {"message": f"Todo {id} doesn't exist"}
         assert (answer.status, answer.json) == (404, missing)
-
-
-def test_an_id_that_is_no_utf_8_is_refused_since_two_would_become_one(alice):
-    for id in ("%FF", "%C3", "%ED%A0%80", "a%00"):
-        assert alice(f"PUT /todos/{id}", TASK).status == 400
-        assert alice(f"GET /todos/{id}").status in (400, 404)
-
-
-def test_a_put_keeps_the_place_of_an_item_and_gives_a_deleted_one_a_new_place(alice):
-    alice("PUT /todos/todo1", TASK)
-    assert list(alice("GET /todos").json) == ["todo1", "todo2", "todo3"]
-    alice("DELETE /todos/todo1")
-    alice("PUT /todos/todo1", TASK)
-    assert list(alice("GET /todos").json) == ["todo2", "todo3", "todo1"]
 
 
 def test_items_of_another_user_do_not_exist(alice):
@@ -2506,13 +2041,6 @@ def test_more_than_max_items_are_403_until_one_is_deleted():
         assert alice(f"DELETE /todos/{id}").status == 204
         assert alice(f"DELETE /todos/{id}").status == 404
         assert [alice("POST /todos", TASK).status for _ in "12"] == [201, 403]
-
-
-def test_fifty_posts_at_once_make_fifty_items(alice):
-    ids = together(50, lambda number: post(alice, f"task {number}"))
-    made = {id: {"task": f"task {number}"} for number, id in enumerate(ids)}
-    assert set(made) == {f"todo{number}" for number in range(4, 54)}
-    assert alice("GET /todos").json == STARTER | made
 
 
 def next_page(link: str) -> str:
@@ -2564,11 +2092,9 @@ def test_items_may_be_deleted_replaced_and_created_during_a_walk(seven):
 
 def test_the_cursor_of_a_deleted_last_item_hides_nothing_that_comes_later(seven):
     ahead = next_page(seven("GET /todos?limit=6").headers["Link"])
-    for number in range(1, 8):
+    for number in (6, 7):
         seven(f"DELETE /todos/todo{number}")
-    answer = seven(f"GET {ahead}")
-    assert (answer.status, answer.json, "Link" in answer.headers) == (200, {}, False)
-    post(seven)
+    assert (seven(f"GET {ahead}").json, post(seven)) == ({}, "todo8")
     assert list(seven(f"GET {ahead}").json) == ["todo8"]
 
 
@@ -2588,6 +2114,7 @@ def test_a_limit_is_1_to_1000_and_a_cursor_one_that_a_link_gave(alice, query, cu
     for text in (query, cursor, query + "9" * 5_000, cursor + "9" * 5_000):
         answer = alice(f"GET /todos?{text}")
         assert (answer.status, list(answer.json["message"])) == (400, [text[:5]])
+    assert alice("GET /todos?limit=%FF").status == 400  # is no UTF-8
 
 
 EMMA, BOOK = {"title": "Emma"}, {"title": "Ulysses"}
@@ -2630,19 +2157,11 @@ def test_a_shared_list_is_one_for_all_that_only_its_role_writes(library):
     assert bob("GET /books/book2").json == {"title": "Ulysses!"}
     assert ann("DELETE /books/book1").status == 204
     assert list(bob("GET /books").json) == ["book2"]
-    log_out(ann)
-    assert ann("DELETE /books/book2").status == 401
-
-
-def test_a_shared_list_has_conditions_pages_and_a_limit_and_outlives_accounts(library):
-    ann, bob = library.log_in("ann"), library.user("bob")
-    tag = bob("GET /books/book1").headers["ETag"]
-    assert bob("GET /books/book1", if_none_match=tag).status == 304
-    assert ann("PUT /books/book1", BOOK, if_match='"stale"').status == 412
+    assert ann("PUT /books/book2", BOOK, if_match='"stale"').status == 412
     assert [ann("POST /books", BOOK).status for _ in range(3)] == [201, 201, 403]
     assert delete_account(ann).status == 204
-    assert pages(bob, "/books?limit=2") == [["book1", "book2"], ["book3"]]
-    assert "books" not in library.owned("ann") | library.owned("bob")
+    assert ann("DELETE /books/book2").status == 401
+    assert pages(bob, "/books?limit=2") == [["book2", "book3"], ["book4"]]
     assert bob("GET /notes").json == NOTES.starter  # each has his own of these
 
 
@@ -2650,7 +2169,7 @@ def test_a_shared_list_has_conditions_pages_and_a_limit_and_outlives_accounts(li
 # An embedder's views are served like ours.
 
 
-SUNDAYS = "closed on Sundays"
+SUNDAYS, APP = "closed on Sundays", "https://app.example"
 
 
 def read_count(request):
@@ -2660,7 +2179,6 @@ def read_count(request):
 
 
 def keep_first(request):
-    """Change the first to-do"""
     given = parser_of(TITLE).parse_args(request)
     with request.write() as data:
         data["todos"]["todo1"] = {"task": given.title}
@@ -2668,17 +2186,14 @@ def keep_first(request):
 
 
 def refuse(request):
-    """Never at home"""
     raise Conflict("Somebody else is at it")
 
 
 def break_down(request):
-    """Has a bug"""
     return {}["missing"]
 
 
 def shut(request):
-    """Closed"""
     raise HTTPException(response=Response(SUNDAYS, 403))
 
 
@@ -2701,10 +2216,8 @@ ROUTES = [
     an_open("GET /list", reply([1, "two", None])),
     an_open("GET /none", reply(None)),
     an_open("GET /tea", reply({"short": "stout"}, 418, {"X-Kind": "pot"})),
-    an_open("GET /odd", reply({}, 299)),
     an_open("DELETE /shelf/", reply(None, 204), 204),
 ]
-APP = "https://app.example"
 
 
 @pytest.fixture
@@ -2718,15 +2231,12 @@ def host():
         "a tuple with headers": ("GET /tea", 418, JSON, '{"short": "stout"}\n'),
         "a list": ("GET /list", 200, JSON, '[1, "two", null]\n'),
         "None": ("GET /none", 200, JSON, "null\n"),
-        "a status without a name": ("GET /odd", 299, JSON, "{}\n"),
         "no body": ("DELETE /shelf/", 204, None, ""),
         "a Response": ("GET /file", 203, "text/csv; charset=utf-8", "1,x"),
         "an error with one": ("GET /shop", 403, "text/plain; charset=utf-8", SUNDAYS),
         "an error": ("GET /busy", 409, JSON, '{"message": "Somebody else is at it"}\n'),
         "arguments": ("GET /view/7/a/b", 200, JSON, '{"number": 7, "rest": "a/b"}\n'),
-        "no such argument": ("GET /view/seven/a", 404, JSON, "*"),
         "a slash too many": ("GET /tea/", 404, JSON, "*"),
-        "a slash too few": ("DELETE /shelf", 404, JSON, "*"),
     },
 )
 def test_a_view_answers_in_many_ways(host, request_line, status, content_type, text):
@@ -2760,41 +2270,29 @@ def test_a_bug_in_a_view_is_a_json_500_with_a_traceback_in_the_log(host, caplog)
     assert ("KeyError" in answer.text, "KeyError" in caplog.text) == (False, True)
 
 
-def test_a_rule_of_ours_that_is_given_again_is_replaced_and_routes_serve_two_apps():
-    routes = [an_open("GET /", reply({"hello": "world"})), *ROUTES]
-    for world in (World(routes=routes), World(routes=routes)):
-        assert world("GET /").json == {"hello": "world"}
-        assert world.user()("GET /todos").status == 200
-
-
-def test_an_open_view_reaches_what_is_shared(library):
+def test_a_rule_of_ours_is_replaced_by_an_open_view_that_reads_what_is_shared(library):
     def read_titles(request):
         with request.app.store.read(service.SHARED) as data:
             return [book["title"] for book in data["books"].values()]
 
-    routes = [an_open("GET /titles", read_titles)]
-    world = World(library.store, resources=[BOOKS], routes=routes)
-    assert world("GET /titles").json == ["Emma"]
+    routes = [*ROUTES, an_open("GET /", read_titles)]
+    for _ in range(2):  # the same routes serve two apps
+        world = World(library.store, resources=[BOOKS], routes=routes)
+        assert world("GET /").json == ["Emma"]
 
 
 # ---- OpenAPI ------------------------------------------------------------------------
 # The basics; tests/test_contract.py asks the programs that read such documents.
 
 
-def described(world: World) -> dict[str, dict[str, Any]]:
-    """{"GET /todos": operation, …}"""
-    answer = world("GET /openapi.json")
-    assert (answer.status, answer.headers["Content-Type"]) == (200, JSON)
-    assert answer.body.isascii()  # readers of YAML refuse U+007F to U+009F
-    return {
+def test_every_route_is_described_and_says_whether_it_needs_a_bearer(host):
+    document = host("GET /openapi.json", environ={"SCRIPT_NAME": "/a b"}).json
+    assert document["servers"] == [{"url": "/a%20b"}]
+    found = {
         f"{method.upper()} {path}": operation
-        for path, methods in answer.json["paths"].items()
+        for path, methods in document["paths"].items()
         for method, operation in methods.items()
     }
-
-
-def test_every_route_is_described_and_says_whether_it_needs_a_bearer(host):
-    found = described(host)
     for path, allowed in ALLOW.items():
         path = path.replace("todo1", "{id}").replace("/x", "/{sid}")
         for method in set(allowed.split()) - {"HEAD", "OPTIONS"}:
@@ -2808,34 +2306,6 @@ def test_every_route_is_described_and_says_whether_it_needs_a_bearer(host):
     assert (count["summary"], "201" in first["responses"]) == (read_count.__doc__, True)
     view = found["GET /view/{number}/{rest}"]["parameters"]
     assert [each["name"] for each in view] == ["number", "rest"]
-
-
-SCHEMAS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "text": ({}, {"type": "string"}),
-    "rank": ({"type": int}, {"type": "integer"}),
-    "done": ({"type": bool}, {"type": "boolean"}),
-    "stars": ({"choices": range(1, 6)}, {"minimum": 1, "maximum": 5}),
-    "colour": ({"choices": ("red", "blue")}, {"enum": ["red", "blue"]}),
-    "tags": ({"action": "append"}, {"type": "array", "items": {"type": "string"}}),
-    "due": ({"type": service.date}, {"type": "string", "format": "date"}),
-    "code": ({"type": service.Text(2, 8)}, {"minLength": 2, "maxLength": 8}),
-    "mood": ({"help": "How you feel"}, {"description": "How you feel"}),
-}
-
-
-def test_a_resource_describes_its_arguments():
-    made = [service.Argument(x, required=True, **o) for x, (o, _) in SCHEMAS.items()]
-    world = World(resources=[service.Resource("memos", "memo", made)], title="Memos")
-    document = world("GET /openapi.json", environ={"SCRIPT_NAME": "/a b"}).json
-    assert document["info"]["title"] == "Memos"
-    assert document["servers"] == [{"url": "/a%20b"}]
-    body = document["paths"]["/memos"]["post"]["requestBody"]["content"]
-    schema = body[JSON]["schema"]
-    for step in schema.get("$ref", "").split("/")[1:]:
-        schema = document = document[step]
-    assert (set(schema["required"]), FORM in body) == (set(SCHEMAS), True)
-    for name, (_, expected) in SCHEMAS.items():
-        assert expected.items() <= schema["properties"][name].items(), name
 
 
 def test_without_its_package_the_page_is_404_and_names_it(world, monkeypatch):
@@ -2861,7 +2331,6 @@ REFUSED_ORIGINS += ["https://evil-app.example", "http://app.example", f"{APP}:84
     {
         "none is listed": ("", APP, None),
         "all are": ("*", APP, "*"),
-        "all, and there is none": ("*", None, "*"),
         "this one is": (APP, APP, APP),
         "the second of a list": (f"{APP}, {PORT}", PORT, PORT),
         "written in capitals": ("https://App.Example", APP, APP),
@@ -2871,9 +2340,8 @@ REFUSED_ORIGINS += ["https://evil-app.example", "http://app.example", f"{APP}:84
 )
 def test_every_answer_tells_a_listed_origin_so(setting, origin, allowed):
     world = World(cors_origins=setting, routes=ROUTES)
-    asked = "GET_/health GET_/todos POST_/token GET_/x POST_/x GET_/bug OPTIONS_/"
-    for request in asked.split():
-        answer = world(request.replace("_", " "), environ={"HTTP_ORIGIN": origin})
+    for request in ("GET /", "GET /todos", "POST /token", "GET /x", "GET /bug"):
+        answer = world(request, environ={"HTTP_ORIGIN": origin})
         assert answer.headers.get("Access-Control-Allow-Origin") == allowed
         assert ("Origin" in words(answer, "Vary")) == (setting not in ("", "*"))
         assert "Access-Control-Allow-Credentials" not in answer.headers
@@ -2914,16 +2382,6 @@ def test_a_store_that_does_not_answer_is_503_everywhere(alice):
         assert (answer.status, answer.headers["Retry-After"]) == (503, "1")
 
 
-def test_the_service_is_mounted_beside_another_app(alice):
-    other = Response("the other app")
-    client = Client(DispatcherMiddleware(other, {"/tools/todo": alice.world.app}))
-    bearer = {"Authorization": f"Bearer {alice.access_token}"}
-    answer = client.post("/tools/todo/todos", json=TASK, headers=bearer)
-    assert answer.headers["Location"] == "/tools/todo/todos/todo4"
-    assert client.get(answer.headers["Location"], headers=bearer).json == TASK
-    assert client.get("/").text == "the other app"
-
-
 # ---- Guard --------------------------------------------------------------------------
 # What another service mounts in front of itself. Here it shares the secret; how it
 # fetches public keys is in tests/test_clients.py.
@@ -2958,17 +2416,6 @@ def seen_by(guarded: World, user: User, request: str = "GET /", **more: Any) -> 
     return guarded(request, authorization=f"Bearer {user.access_token}", **more)
 
 
-def test_a_login_opens_the_guarded_app_until_the_access_token_expires(world, guarded):
-    ann = world.user("ann", roles=["operator"])
-    for _ in range(2):
-        seen = ["ann", "Bearer", None, opened(ann.access_token)[1]]
-        assert seen_by(guarded, ann).json == seen
-    log_out(ann)
-    assert (ann.is_in, seen_by(guarded, ann).status) == (False, 200)  # knows keys alone
-    world.clock.step(900)
-    assert seen_by(guarded, ann).status == 401
-
-
 def test_without_a_good_token_the_guard_answers_401(alice, guarded):
     for credentials in (None, "Basic YTpi", "token x"):
         given = {"HTTP_AUTHORIZATION": credentials, "HTTP_ORIGIN": APP}
@@ -2983,17 +2430,9 @@ def test_without_a_good_token_the_guard_answers_401(alice, guarded):
         answer = guarded("GET /", authorization=bearer)
         assert (answer.status, list(answer.json)) == (401, ["message"])
         assert 'error="invalid_token"' in answer.headers["WWW-Authenticate"]
-    assert guarded(f"GET /?access_token={token}").status == 401
     assert (guarded("HEAD /").status, guarded("HEAD /").body) == (401, b"")
-
-
-def test_a_guard_refuses_tokens_for_others_and_of_others(alice):
-    clock = alice.world.clock
-    other = "https://other.example"
-    for options in ({"issuer": other}, {"audience": other}, {"secret": OTHER_SECRET}):
-        assert seen_by(Guarded(clock, **options), alice).status == 401
-    rotated = Guarded(clock, secret=f"{OTHER_SECRET},{SECRET}")
-    assert seen_by(rotated, alice).status == 200
+    for wrong in ({"issuer": OTHER}, {"audience": OTHER}, {"secret": OTHER_SECRET}):
+        assert seen_by(Guarded(alice.world.clock, **wrong), alice).status == 401
 
 
 def test_nobody_can_say_himself_who_he_is(alice, guarded):
@@ -3005,14 +2444,13 @@ def test_nobody_can_say_himself_who_he_is(alice, guarded):
     assert guarded("OPTIONS /", environ=forged | preflight).json == NOBODY
     assert guarded("OPTIONS /", environ=forged).status == 401
     assert {guarded(f"{each} /", environ=preflight).status for each in METHODS} == {401}
-    assert seen_by(guarded, alice, environ=forged).json[0] == "alice"
+    for _ in range(2):  # what the app does to the claims is forgotten
+        seen = ["alice", "Bearer", None, opened(alice.access_token)[1]]
+        assert seen_by(guarded, alice, environ=forged).json == seen
     assert seen_by(guarded, alice, "GET /health", environ=forged).json == NOBODY
 
 
-CLOSED = "/health/ //health /healthz /Health /health/x /x/health /health%00 / /./health"
-
-
-@each("path", CLOSED)
+@each("path", "/health/ //health /healthz /Health /health/x /x/health /health%00 /")
 def test_only_the_very_paths_that_are_named_are_open(guarded, path):
     assert guarded(f"GET {path}").status == 401
     assert guarded("GET /health?x=1").status == guarded("GET /%68ealth").status == 200
@@ -3048,6 +2486,8 @@ def operate(tmp_path, monkeypatch):
 
 
 def test_accounts_are_made_mended_and_deleted_by_hand(operate):
+    with pytest.raises(SystemExit, match="SERVICE_STORE_URL"):  # nothing would be left
+        operate("adduser ann", PASSWORD, store=service.MemoryStore())
     world = operate("adduser Ann --role b --role a", PASSWORD, resources=[NOTES])
     ann = world.log_in("ann")
     assert ann("GET /users/me").json["roles"] == ["a", "b"]
@@ -3058,26 +2498,3 @@ def test_accounts_are_made_mended_and_deleted_by_hand(operate):
     world = operate("deluser ann")
     assert is_dead(ann)
     assert world.owned("ann") == {"account": {"hash": None}}
-
-
-@cases(
-    "command, password, named",
-    {
-        "a name that is none": ("adduser no/name", PASSWORD, "name"),
-        "a role that is none": ("adduser bob --role Oper/ator", PASSWORD, "role"),
-        "a short password": ("adduser bob", "short", "15"),
-        "a name for a password": ("adduser a" + 20 * "b", "a" + 20 * "b", "name"),
-        "a name that is taken": ("adduser taken", PASSWORD, "taken"),
-        "nobody's password": ("passwd nobody", PASSWORD, "nobody"),
-        "nobody": ("deluser nobody", "", "nobody"),
-    },
-)
-def test_what_cannot_be_done_by_hand_ends_in_a_line(operate, command, password, named):
-    service.add_account(operate("adduser bob", PASSWORD).app, "taken", CHEAP_HASH)
-    with pytest.raises(SystemExit, match=rf"\A.*{named}.*\Z"):
-        operate(command, password)
-
-
-def test_commands_need_a_store_that_outlives_them(operate):
-    with pytest.raises(SystemExit, match="SERVICE_STORE_URL"):
-        operate("adduser bob", PASSWORD, store=service.MemoryStore())
