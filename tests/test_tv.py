@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from functools import partial
@@ -32,7 +32,7 @@ from werkzeug.test import Client, TestResponse
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import tv_monitor
 import tv_service
-from tv_monitor import Channel, Clock, Continuity, Monitor, Service, Window
+from tv_monitor import Channel, Clock, Continuity, Monitor, Service, Variant, Window
 
 import service
 from test_service import CHEAP_HASH, PASSWORD, SECRET
@@ -110,6 +110,20 @@ def test_two_bad_of_six_segments_degrade_and_six_good_ones_end_it(
     assert window.reason == ("torn" if WINDOWS[segments] else "")
 
 
+@pytest.mark.parametrize(
+    ("failures", "target_durations", "is_dead"),
+    [(0, 2.9, False), (0, 3.1, True), (3, 1.9, False), (3, 2.1, True), (2, 2.1, False)],
+)
+def test_a_variant_without_anything_new_is_dead_sooner_if_its_requests_fail(
+    failures: int, target_durations: float, is_dead: bool
+) -> None:
+    clock = Clock()
+    variant = Variant("", "http://o.example/1.m3u8", clock)
+    variant.target, variant.failures = 4.0, failures
+    clock.now += 4.0 * target_durations
+    assert variant.is_dead == is_dead
+
+
 def test_the_clock_stands_still_while_the_monitor_gets_no_processor_time() -> None:
     clock = Clock()
     for elapsed in (0.1, 0.11, 30.0, 0.1):
@@ -143,7 +157,7 @@ class Origin(ThreadingHTTPServer):
         self.frozen: dict[str, int] = {}  # the last segment of an encoder that stopped
         self.begun: dict[str, int] = {}  # the first one of an encoder that began anew
         self.closing = threading.Event()
-        self.requests = 0
+        self.asked: Counter[str] = Counter()  # how often for what, by path
         self._began = time.monotonic()
 
     @property
@@ -152,8 +166,8 @@ class Origin(ThreadingHTTPServer):
 
     @property
     def newest(self) -> int:
-        """The last complete segment; there were ten at the start."""
-        return 9 + int(time.monotonic() - self._began)
+        """The number of the last complete segment."""
+        return 1000 + int(time.monotonic() - self._began)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Clients that hang up are what some tests are about."""
@@ -166,7 +180,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path, _, query = self.path.partition("?")
         _, name, *folders, file = path.split("/")
-        self.server.requests += 1
+        self.server.asked[path] += 1
         fault = self.server.faults.get(name, "")
         if fault == "hanging":
             self.server.closing.wait(20)
@@ -194,7 +208,7 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(404, b"gone")
         elif name == "tokens" and time.monotonic() > float(query) + 2:
             self.reply(403, b"too late")
-        elif name == "flaky" and self.server.requests % 3 == 0:
+        elif name == "flaky" and self.server.asked[self.path] % 3 == 0:
             self.reply(502, b"try again")
         else:
             self.reply(200, self.playlist(name, kind, fault))
@@ -355,6 +369,12 @@ def watch(
     asyncio.run(main())
 
 
+def segments_asked(origin: Origin, channel: str) -> list[int]:
+    """How often for each."""
+    asked = origin.asked.items()
+    return [n for path, n in asked if path.startswith(f"/{channel}/") and ".ts" in path]
+
+
 def tells(channel: Channel, state: str, reason: str) -> bool:
     return channel.state == state and reason in channel.reason
 
@@ -395,9 +415,10 @@ def test_each_fault_is_told_as_what_it_is_and_so_is_its_end(origin: Origin) -> N
             worst, _ = FAULTS.get(name, ("", ""))
             if worst == "off-air":  # on the way there and back viewers may notice less
                 states = [state for state in states if state != "degraded"]
-            assert states == (["on air", worst, "on air"] if worst else ["on air"]), (
-                name
-            )
+            expected = ["on air", worst, "on air"] if worst else ["on air"]
+            assert states == expected, name
+        assert max(segments_asked(origin, "flaky")) == 1
+        assert max(segments_asked(origin, paths["no segments"])) > 1  # it tries again
 
     with sending(groups, origin.faults):
         watch(items, test)
@@ -767,25 +788,36 @@ def test_reports_survive_the_ends_of_the_service_and_of_a_monitor(
         return [change["state"] for change in report.get("history", [])]
 
     async def test(port: int) -> None:
-        url = f"http://127.0.0.1:{port}"
+        ends, monitors = {}, {}
         async with AsyncExitStack() as stack:
-            async with monitoring(Service(url, "watch", PASSWORD)) as first:
-                with serving(station.app, port):
-                    await until(lambda: states() == ["on air"], "a first report")
-                    standing_by = monitoring(Service(url, "spare", PASSWORD))
-                    second = await stack.enter_async_context(standing_by)
-                    await until(lambda: second.channels, "the second one watches")
-                origin.faults["c"] = "playlist 500"
-                with serving(Response("<h1>Back soon</h1>"), port):  # a proxy's page
-                    await until(lambda: first.problem.startswith("an answer"), "it")
-                await until(lambda: first.channels[id].state == "off-air", "a fault")
-                with serving(station.app, port):
-                    await until(lambda: states() == ["on air", "off-air"], "a report")
-                    assert not second.is_active
+            for user in ("watch", "spare"):
+                one = Service(f"http://127.0.0.1:{port}", user, PASSWORD)
+                ends[user] = await stack.enter_async_context(AsyncExitStack())
+                monitors[user] = await ends[user].enter_async_context(monitoring(one))
+
+            def has_problem(monitor: Monitor) -> bool:
+                return monitor.problem.startswith("an answer")
+
+            def sees_fault(monitor: Monitor) -> bool:
+                return monitor.channels[id].state == "off-air"
+
+            def reporters() -> list[str]:
+                return [user for user in monitors if monitors[user].is_active]
+
+            with serving(station.app, port):  # both find that nobody reports
+                await until(lambda: states() == ["on air"], "a report")
+                await until(lambda: len(reporters()) == 1, "one stands by")
+            origin.faults["c"] = "playlist 500"
+            with serving(Response("<h1>Back soon</h1>"), port):  # as a proxy may say
+                await until(lambda: all(map(has_problem, monitors.values())), "it")
+                await until(lambda: all(map(sees_fault, monitors.values())), "it")
+            with serving(station.app, port):
+                await until(lambda: states() == ["on air", "off-air"], "a report")
+                await until(lambda: len(reporters()) == 1, "one still stands by")
+            await ends[reporters()[0]].aclose()
             origin.faults.clear()
             with serving(station.app, port):
                 expected = ["on air", "off-air", "on air"]
-                await until(lambda: states() == expected, "the second one's report")
-                assert second.is_active
+                await until(lambda: states() == expected, "the other one's report")
 
     asyncio.run(test(free_port()))
