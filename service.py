@@ -472,7 +472,7 @@ DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 
 
 def strict(kind: Any, value: Any) -> Any:
-    """A value of a type in KINDS, without the surprises of calling it: bool("False")."""
+    """A value of a type in KINDS, without the surprises of calling it."""
     text = getattr(value, "text", str(value)).strip()
     if isinstance(value, FileStorage if kind in (str, FileStorage) else ()):
         return value  # an upload is itself, unless another type is given
@@ -967,7 +967,7 @@ class SQLiteStore:
         return self.connect()
 
     def pool(self) -> Any:
-        """What a connection is good for: this process, and the file that is there now."""
+        """What a connection is good for: this process, the file that is there now."""
         try:
             if not self._was_there:
                 os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
@@ -1259,7 +1259,7 @@ def open_session(data: Data, now: float, ttl: int) -> str:
 
 
 def renew_session(data: Data, sid: str, gen: int, now: float, grace: int) -> bool:
-    """Step the generation; False if the session has ended, or ends now for its reuse."""
+    """Step the generation; False if the session has ended, or ends for its reuse."""
     session = data["sessions"].get(sid)
     if session is None or session["expires_at"] <= now:
         return False
@@ -1309,7 +1309,7 @@ class Passwords:
 
     @contextmanager
     def _turn(self, client: str) -> Iterator[None]:
-        """503 at once if 16 wait already, or 8 from there; or once the wait takes 5 s."""
+        """503 at once if 16 wait already, or 8 from there; or after a wait of 5 s."""
         busy = http.ServiceUnavailable("Too many passwords to check", retry_after=5)
         with self._lock:
             if self._inside.total() >= 18 or self._inside[client] >= 9:
@@ -1332,7 +1332,7 @@ class Passwords:
             return generate_password_hash(password)
 
     def match(self, hash: str | None, password: str, name: str, address: str) -> bool:
-        """Is it the password? Without a hash, there being no such user, it takes as long.
+        """Is it the password? Without a hash (no such user) it takes as long to tell.
 
         Raises 429 after 10 wrong ones in a row for a name from an address, or 100 for
         any names from there.
