@@ -2302,6 +2302,10 @@ class App:
             raise http.BadRequest("HTTP/1.1 asks for a Host header (RFC 9112 §3.2)")
         if "\0" in path:
             raise http.BadRequest("A path holds no NUL")
+        for name, most in LONGEST.items():
+            if len(environ.get(name, "")) > most:
+                text = f"{name.removeprefix('HTTP_')} may have {most} characters"
+                raise http.RequestHeaderFieldsTooLarge(text)
         if environ.get("PATH_INFO", "").startswith("//"):  # Werkzeug takes it for one
             raise http.NotFound()
         if request.method == "OPTIONS":
@@ -2327,6 +2331,12 @@ class App:
         response.headers.update(headers)
         return response
 
+
+LONGEST = {  # of the headers that take long to read
+    "CONTENT_TYPE": 512,
+    "HTTP_IF_MATCH": 4096,
+    "HTTP_IF_NONE_MATCH": 4096,
+}
 
 create_app = App  # gunicorn's name for it: wsgi_app = "service:create_app()"
 
