@@ -314,14 +314,20 @@ def wait(condition: Callable[[], Any], seconds: float) -> Any:
     return result
 
 
+def free_port() -> int:
+    """Of those that no client gets while a service that comes back is away."""
+    while True:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", random.randrange(12_000, 32_000)))
+            return int(probe.getsockname()[1])
+
+
 class Station:
     """A service of its own with its accounts, and monitors."""
 
     def __init__(self, lab: Lab, name: str, **settings: str) -> None:
         self.lab, self.name = lab, name
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self._environ = {
             "PORT": str(port),

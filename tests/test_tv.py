@@ -35,6 +35,7 @@ import tv_service
 from tv_monitor import Channel, Clock, Continuity, Monitor, Service, Variant, Window
 
 import service
+from conftest import free_port
 from test_service import CHEAP_HASH, PASSWORD, SECRET
 
 # ---- Packets -------------------------------------------------------------------------
@@ -303,12 +304,6 @@ def sending(
         ended.set()
         thread.join()
         sender.close()
-
-
-def free_port() -> int:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 # ---- Watching ------------------------------------------------------------------------
