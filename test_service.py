@@ -255,7 +255,7 @@ REFUSED_SETTINGS: dict[str, list[str]] = {
     "max_items": ["many", "0"],
     "proxies": ["yes", "-1"],
     "signup": ["Open", "no"],
-    "issuer": ["a.example", "ftp://a", "https://", "https://a?b", "https://a b"],
+    "issuer": ["a.example", "ftp://a", "https:///a", "https://a?b", "https://a b"],
     "audience": ['a"b'],
     "cors_origins": ["app.example", "https://*.a", "https://a/b", "https://a, b"],
 }
