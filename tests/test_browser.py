@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from conftest import Browser, Canned, page, serve
 
+from conftest import Browser, Canned, page, serve
 from test_service import PASSWORD
 
 

@@ -25,7 +25,6 @@ import jwt
 import pytest
 from authlib.integrations.base_client import OAuthError
 from authlib.integrations.requests_client import OAuth2Session as AuthlibSession
-from conftest import ROOT, Canned, eventually, page, serve
 from cryptography.hazmat.primitives import serialization as pem
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from joserfc import jwt as jose
@@ -35,6 +34,7 @@ from oauthlib.oauth2.rfc6749.errors import InvalidGrantError
 from requests_oauthlib import OAuth2Session as RequestsSession
 
 import service
+from conftest import ROOT, Canned, eventually, page, serve
 from test_service import ISSUER, PASSWORD, SECRET, Answer, World, together
 
 SHOP = "https://shop.example"  # another service, which a login opens too

@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 from uuid import UUID
 
 import pytest
-from conftest import run, serve
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
 
 import service
+from conftest import run, serve
 from service import Argument, Resource, Route
 from test_service import PASSWORD, World
 

@@ -26,7 +26,6 @@ from typing import Any
 
 import psycopg
 import pytest
-from conftest import Postgres, eventually, run, serve
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -38,6 +37,7 @@ from hypothesis.stateful import (
 )
 
 import service
+from conftest import Postgres, eventually, run, serve
 from test_service import CHEAP_HASH, MOUNT, PASSWORD, SECRET, User, World, together
 
 SQL = pytest.mark.parametrize("store_url", ["sqlite", "postgres"], indirect=True)
@@ -190,8 +190,9 @@ class StoreAgainstDict(RuleBasedStateMachine):
         self.model: dict[tuple[str, str], dict[str, Any]] = {}
         self.changes: dict[str, int] = Counter()
 
-    @rule(user=USERS, changes=st.lists(st.tuples(NAMES, KEYS, st.none() | VALUES)),
-          fails=st.booleans())  # fmt: skip
+    CHANGES = st.lists(st.tuples(NAMES, KEYS, st.none() | VALUES))
+
+    @rule(user=USERS, changes=CHANGES, fails=st.booleans())
     def write(self, user: str, changes: list[Any], fails: bool) -> None:
         model = {key: dict(value) for key, value in self.model.items()}
         try:
