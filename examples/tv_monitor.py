@@ -617,20 +617,31 @@ class Service:
         """Raises OAuthError if there is no way to log in, HTTPError for much else."""
         url = path if "://" in path else self._url + path
         await self._log_in_if_needed()
-        try:
-            response: httpx2.Response = await self._http.request(method, url, **given)
-            is_over = response.status_code == 401
-        except OAuthError as error:  # of a refresh
-            if error.error != "invalid_grant":
-                raise
-            is_over = True
-        if is_over:  # the session was ended
+        response = await self._ask(method, url, given)
+        if response is None:
             self._http.token = None
             await self._log_in_if_needed()
-            response = await self._http.request(method, url, **given)
+            response = await self._ask(method, url, given)
+        if response is None:
+            raise OAuthError("invalid_token", "A token that was just given is refused")
         if response.status_code not in (304, 404, 409, 412):
             response.raise_for_status()
         return response
+
+    async def _ask(
+        self, method: str, url: str, given: dict[str, Any]
+    ) -> httpx2.Response | None:
+        """The answer, or None if the session is over, perhaps before its time."""
+        try:
+            response: httpx2.Response = await self._http.request(method, url, **given)
+            if response.status_code == 401:  # as clocks differ, and count whole seconds
+                await self._http.refresh_token()
+                response = await self._http.request(method, url, **given)
+        except OAuthError as error:
+            if error.error == "invalid_grant":
+                return None
+            raise
+        return None if response.status_code == 401 else response
 
     async def _log_in_if_needed(self) -> None:
         if self._http.token and time.time() < self._session_ends:

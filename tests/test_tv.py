@@ -560,13 +560,13 @@ def test_players_read_the_right_names_and_urls(
 
 
 def test_players_find_number_guide_logo_and_group(station: Station) -> None:
-    station.add(group="News", tvg_id="n24", logo="http://o.example/24.png")
+    station.add(group="News", tvg_id="n24", logo="http://o.example/2,4.png")
     info = station("GET /channels.m3u").text.splitlines()[1]
     labels = dict(re.findall('([a-z-]+)="([^"]*)"', info))
     assert labels == {
         "tvg-id": "n24",
         "tvg-chno": "7",
-        "tvg-logo": "http://o.example/24.png",
+        "tvg-logo": "http://o.example/2%2C4.png",  # no comma before the name's
         "group-title": "News",
     }
 
@@ -721,6 +721,20 @@ def test_a_login_is_refreshed_when_its_token_ends_and_not_before(
         station.now = time.time()
         asyncio.run(requests(client(server, "watch")))
     assert station.sessions("watch") == [0]
+
+
+def test_a_token_that_is_refused_before_its_time_is_refreshed() -> None:
+    station = Station(access_ttl=60, refresh_ttl=1000)
+    station.now = time.time()
+
+    async def requests(watch: Service) -> None:
+        await watch.items("/channels", "")
+        station.now += 61  # the service's clock alone
+        await watch.items("/channels", "")
+
+    with serving(station.app) as server:
+        asyncio.run(requests(client(server, "watch")))
+    assert station.sessions("watch") == [1]
 
 
 def test_a_token_is_refreshed_and_a_session_that_ended_is_begun_anew() -> None:
