@@ -709,8 +709,9 @@ class Row(NamedTuple):
     text: str  # JSON; "" to take it away
 
 
-NOBODY = Row("", 0, "", "{}")
-Select = Callable[[Query], list[Row]]  # the document, items, and one too many if cut
+EMPTY = '{"account": {}, "sessions": {}, "counters": {}}'
+NOBODY = Row("", 0, "", EMPTY)
+Select = Callable[[Query], list[Row]]  # the items, and one too many if they are cut
 
 
 class Page(dict[str, Any]):
@@ -725,19 +726,22 @@ class Data(dict[str, Any]):
     A snapshot may stand in a with statement, as a write must.
     """
 
-    def __init__(self, select: Select, query: Query) -> None:
-        self._select, self.is_cleared = select, False
+    def __init__(self, rows: list[Row], query: Query, select: Select) -> None:
+        document, *items = rows or [NOBODY]
+        super().__init__(json.loads(EMPTY) | load(document.text))
+        self._document, self._select, self.is_cleared = document.text, select, False
         self._rows: dict[tuple[str, str], Row] = {}  # as they were
-        self._document = self.fetch(query)
-        self.update(load(self._document))
+        self._take(items, query)
 
     def __missing__(self, name: str) -> Page:
         self[name] = page = Page()
         return page
 
-    def fetch(self, query: Query) -> str:
-        """Read more of the items; returns the document as it was."""
-        document, *rows = self._select(query)
+    def fetch(self, query: Query) -> None:
+        """Read more of the items."""
+        self._take(self._select(query), query)
+
+    def _take(self, rows: list[Row], query: Query) -> None:
         size = 0
         for index, row in enumerate(rows):
             if query.resource and (index == query.limit or size >= PAGE_SIZE):
@@ -746,7 +750,6 @@ class Data(dict[str, Any]):
             size += len(row.text)
             self._rows[row.resource, row.id] = row
             self[row.resource][row.id] = load(row.text)
-        return document.text
 
     def counter(self, resource: str) -> dict[str, int]:
         """How many items there are; the last position given, and number in an id."""
@@ -810,8 +813,10 @@ class MemoryStore:
 
     def read(self, owner: str, query: Query = EVERYTHING) -> Data:
         """A snapshot of what the owner has."""
+        select = partial(self._select, owner)
         with self._lock:
-            return Data(partial(self._select, owner), query)
+            document = self._documents.get(owner, NOBODY)
+            return Data([document, *select(query)], query, select)
 
     @contextmanager
     def write(self, owner: str, query: Query = EVERYTHING) -> Iterator[Data]:
@@ -844,21 +849,19 @@ class MemoryStore:
             rows = islice(rest, query.limit + 1)
         elif query.limit:
             rows = (row for items in resources.values() for row in items.values())
-        return [self._documents.get(owner, NOBODY), *rows]
+        return list(rows)
 
 
-_DOCUMENT = "SELECT '', 0, '', document FROM users WHERE name = :owner"
-_ITEMS = "SELECT resource, position, id, value FROM items WHERE owner = :owner"
-SELECTS = {  # one statement each, and so of one moment
-    "nothing": _DOCUMENT,
-    "item": f"{_DOCUMENT} UNION ALL {_ITEMS} AND resource = :resource AND id = :id",
-    "page": f"{_DOCUMENT} UNION ALL SELECT resource, position, id, value FROM ("
-    "SELECT *, sum(length(value)) OVER (ORDER BY position ROWS BETWEEN"
-    " UNBOUNDED PRECEDING AND 2 PRECEDING) AS size FROM items WHERE owner = :owner"
-    " AND resource = :resource AND position > :after ORDER BY position"
-    f" LIMIT :limit + 1) AS page WHERE coalesce(size, 0) < {PAGE_SIZE} ORDER BY 1, 2",
-    "everything": f"{_DOCUMENT} UNION ALL {_ITEMS} ORDER BY 1, 2",
-}
+DOCUMENT = "SELECT '', 0, '', document FROM users WHERE name = :owner"
+ITEMS = "SELECT resource, position, id, value FROM items WHERE owner = :owner"
+ITEM = f"{ITEMS} AND resource = :resource AND id = :id"
+PAGE_OF_ITEMS = (  # up to the item after that which goes past the size
+    "SELECT resource, position, id, value FROM (SELECT *, sum(length(value)) OVER"
+    " (ORDER BY position ROWS BETWEEN UNBOUNDED PRECEDING AND 2 PRECEDING) AS size"
+    " FROM items WHERE owner = :owner AND resource = :resource AND position > :after"
+    " ORDER BY position LIMIT :limit + 1) AS page"
+    f" WHERE coalesce(size, 0) < {PAGE_SIZE}"
+)
 TABLES = (
     "CREATE TABLE IF NOT EXISTS users (name TEXT PRIMARY KEY, document TEXT NOT NULL)",
     "CREATE TABLE IF NOT EXISTS items (owner TEXT, resource TEXT, position BIGINT,"
@@ -866,7 +869,7 @@ TABLES = (
     " PRIMARY KEY (owner, resource, position), UNIQUE (owner, resource, id))",
 )
 CLAIM = (
-    "INSERT INTO users (name, document) VALUES (:owner, '{}') ON CONFLICT DO NOTHING"
+    "INSERT INTO users (name, document) VALUES (:owner, :empty) ON CONFLICT DO NOTHING"
 )
 KEEP = "UPDATE users SET document = :document WHERE name = :owner"
 PUT = (
@@ -880,6 +883,11 @@ CLEAR = "DELETE FROM items WHERE owner = :owner"
 Statement = tuple[str, Mapping[str, Any]]
 
 
+def select_items(owner: str, query: Query) -> Statement:
+    sql = ITEM if query.id else PAGE_OF_ITEMS if query.resource else ITEMS
+    return f"{sql} ORDER BY 1, 2", {"owner": owner, **query._asdict()}
+
+
 class SQLiteStore:
     """The same in two tables of a file: several processes, one machine.
 
@@ -887,10 +895,8 @@ class SQLiteStore:
     ValueError for a file whose folder is not there.
     """
 
-    begin: tuple[str, ...] = (
-        "BEGIN IMMEDIATE",
-        CLAIM,
-    )  # and the owner's row is nobody else's
+    # A transaction that holds the owner's row, and reads it.
+    begin: tuple[str, ...] = ("BEGIN IMMEDIATE", CLAIM, DOCUMENT)
     errors: type[Exception] = sqlite3.Error
 
     def __init__(self, path: str) -> None:
@@ -903,8 +909,11 @@ class SQLiteStore:
 
     def read(self, owner: str, query: Query = EVERYTHING) -> Data:
         """A snapshot of what the owner has."""
-        with self._connection() as connection:
-            return Data(partial(self._select, connection, owner, []), query)
+        sql, values = select_items(owner, query)
+        both = f"{DOCUMENT} UNION ALL {sql}" if query.limit else DOCUMENT
+        with self._connection() as connection:  # one statement, so of one moment
+            rows = self.run(connection, [(both, values)])
+        return Data(rows, query, lambda query: [])
 
     @contextmanager
     def write(self, owner: str, query: Query = EVERYTHING) -> Iterator[Data]:
@@ -912,32 +921,28 @@ class SQLiteStore:
 
         No block is opened inside of a block.
         """
-        mine = {"owner": owner}
+        mine = {"owner": owner, "empty": EMPTY}
+        begin: list[Statement] = [(sql, mine) for sql in self.begin]
         with self._connection() as connection:
-            begin: list[Statement] = [(sql, mine) for sql in self.begin]
+
+            def select(query: Query) -> list[Row]:
+                return self.run(connection, [select_items(owner, query)])
+
             try:
-                data = Data(partial(self._select, connection, owner, begin), query)
+                items = [select_items(owner, query)] if query.limit else []
+                rows = self.run(connection, begin + items)
+                data = Data(rows, query, select)
                 yield data
-                document, rows = data.changes()
+                document, changed = data.changes()
                 end: list[Statement] = [(CLEAR, mine)] if data.is_cleared else []
-                end += [
-                    (PUT if row.text else DELETE, mine | row._asdict()) for row in rows
-                ]
+                for row in changed:
+                    end.append((PUT if row.text else DELETE, mine | row._asdict()))
                 if document:
                     end.append((KEEP, mine | {"document": document}))
                 self.run(connection, [*end, ("COMMIT" if end else "ROLLBACK", {})])
             except BaseException:
                 connection.rollback()
                 raise
-
-    def _select(
-        self, connection: Any, owner: str, begin: list[Statement], query: Query
-    ) -> list[Row]:
-        kind = "item" if query.id else "page" if query.resource else "everything"
-        sql = SELECTS[kind if query.limit else "nothing"]
-        statements = [*begin, (sql, {"owner": owner, **query._asdict()})]
-        begin.clear()  # it goes with the first select, in one round trip
-        return [Row(*row) for row in self.run(connection, statements)] or [NOBODY]
 
     @contextmanager
     def _connection(self) -> Iterator[Any]:
@@ -998,10 +1003,10 @@ class SQLiteStore:
     def is_alive(self, connection: Any) -> bool:
         return True
 
-    def run(self, connection: Any, statements: list[Statement]) -> list[Any]:
-        """Run the statements, and give the rows of the last."""
+    def run(self, connection: Any, statements: list[Statement]) -> list[Row]:
+        """Run the statements, and give all rows that they find."""
         cursors = [connection.execute(*each) for each in statements]
-        return list(cursors[-1].fetchall())
+        return [Row(*row) for cursor in cursors for row in cursor]
 
 
 class PostgresStore(SQLiteStore):
@@ -1011,7 +1016,7 @@ class PostgresStore(SQLiteStore):
     may come up.
     """
 
-    begin = ("BEGIN", CLAIM, f"{_DOCUMENT} FOR UPDATE")
+    begin = ("BEGIN", CLAIM, f"{DOCUMENT} FOR UPDATE")
 
     def __init__(self, url: str) -> None:
         try:
@@ -1057,13 +1062,12 @@ class PostgresStore(SQLiteStore):
             selector.register(connection, EVENT_READ)
             return not selector.select(timeout=0)
 
-    def run(self, connection: Any, statements: list[Statement]) -> list[Any]:
-        """Run the statements in one round trip, and give the rows of the last."""
+    def run(self, connection: Any, statements: list[Statement]) -> list[Row]:
+        """Run the statements in one round trip, and give all rows that they find."""
         with connection.pipeline() if statements[1:] else nullcontext():
-            cursors = [
-                connection.execute(named(sql), values) for sql, values in statements
-            ]
-        return cursors[-1].fetchall() if cursors[-1].description else []
+            cursors = [connection.execute(named(sql), each) for sql, each in statements]
+        found = [cursor for cursor in cursors if cursor.description]
+        return [Row(*row) for cursor in found for row in cursor]
 
 
 PATIENCE: dict[str, Any] = {
