@@ -96,48 +96,36 @@ class Settings:
     def __post_init__(self) -> None:
         keys, origins = comma_list(self.secret_key), self.origins
         in_memory = self.store_url == "memory:"
-        databases = "sqlite:///(?!:).|postgresql://."
-        rules = [
-            (
-                all(len(key.encode()) >= 32 for key in keys),
-                "SECRET_KEY must have 32 bytes or more, as openssl rand -hex 32 prints",
+        https = r'https?://[^\s/?#,"\\][^\s?#,"\\]{0,200}'
+        rules: dict[str, Any] = {
+            "SECRET_KEY must be set for a store that lasts: openssl rand -hex 32": (
+                keys or (in_memory and not self.secret_key)
             ),
-            (
-                keys or (in_memory and not self.secret_key),
-                "SECRET_KEY must be set for a store that lasts: openssl rand -hex 32",
+            "SECRET_KEY must have 32 bytes or more, as openssl rand -hex 32 prints": (
+                all(len(key.encode()) >= 32 for key in keys)
             ),
-            (
-                in_memory or re.match(databases, self.store_url),
-                "STORE_URL must be memory:, sqlite:///todo.db"
-                " or postgresql://user:password@host/name",
+            "STORE_URL must be memory:, sqlite:///todo.db"
+            " or postgresql://user:password@host/name": (
+                in_memory or re.match("sqlite:///(?!:).|postgresql://.", self.store_url)
             ),
-            (0 < self.access_ttl < 10**6, "ACCESS_TTL must be seconds such as 900"),
-            (0 < self.refresh_ttl < 10**8, "REFRESH_TTL must be seconds such as 86400"),
-            (
-                0 <= self.refresh_grace < 1000,
-                "REFRESH_GRACE must be seconds such as 30",
+            "ACCESS_TTL must be seconds such as 900": 0 < self.access_ttl < 10**6,
+            "REFRESH_TTL must be seconds such as 86400": 0 < self.refresh_ttl < 10**8,
+            "REFRESH_GRACE must be seconds such as 30": 0 <= self.refresh_grace < 1000,
+            "SIGNUP must be open or closed": self.signup in ("open", "closed"),
+            "ISSUER must be the URL that clients use, such as https://todo.example": (
+                re.fullmatch(https, self.issuer)
             ),
-            (self.signup in ("open", "closed"), "SIGNUP must be open or closed"),
-            (
-                re.fullmatch(r'https?://[^\s/?#,"\\][^\s?#,"\\]{0,200}', self.issuer),
-                "ISSUER must be the URL that clients use, such as https://todo.example",
+            "AUDIENCE must be a name such as https://todo.example, or several": (
+                re.fullmatch(r"[ !#-\[\]-~]{0,1000}", self.audience)
             ),
-            (
-                re.fullmatch(r"[ !#-\[\]-~]{0,1000}", self.audience),
-                "AUDIENCE must be a name such as https://todo.example, or several",
+            "CORS_ORIGINS must be * or origins such as https://app.example:8443": (
+                origins == ["*"] or all(map(normal_origin, origins))
             ),
-            (
-                origins == ["*"] or all(map(normal_origin, origins)),
-                "CORS_ORIGINS must be * or origins such as https://app.example:8443",
-            ),
-            (100 <= self.max_body < 10**9, "MAX_BODY must be bytes such as 65536"),
-            (0 < self.max_items < 10**7, "MAX_ITEMS must be a number such as 10000"),
-            (
-                0 <= self.proxies < 10,
-                "PROXIES must be how many are in front, such as 1",
-            ),
-        ]
-        for is_good, rule in rules:
+            "MAX_BODY must be bytes such as 65536": 100 <= self.max_body < 10**9,
+            "MAX_ITEMS must be a number such as 10000": 0 < self.max_items < 10**7,
+            "PROXIES must be how many are in front, such as 1": 0 <= self.proxies < 10,
+        }
+        for rule, is_good in rules.items():
             if not is_good:
                 raise ValueError(f"SERVICE_{rule}")
 
@@ -354,7 +342,7 @@ class Argument:
     trim: bool | None = None  # None: what the parser says
     store_missing: bool = True
     case_sensitive: bool = True  # if not, values and choices are lowered
-    is_kept: bool = False  # in an item, which can hold what JSON can
+    is_kept: bool = False  # as part of an item: what JSON cannot hold is refused
 
     def __post_init__(self) -> None:
         given = [self.location] if isinstance(self.location, str) else self.location
@@ -366,6 +354,7 @@ class Argument:
         if self.action not in ("store", "append", "split") or not callable(self.type):
             right = "actions are store, append and split; a type is a function"
             raise ValueError(f"{self.name}: {right}")
+        self.kind = KINDS.get(self.type) if isinstance(self.type, type) else None
         if not isinstance(self.choices, range):
             self.choices = [self.lowered(each) for each in self.choices]
 
@@ -392,7 +381,7 @@ class Argument:
         if isinstance(values[0], list):
             values = values[0]
         elif self.action == "split" and isinstance(values[0], str):
-            values = [part for text in values if text for part in text.split(",")]
+            values = [word for text in values if text for word in text.split(",")]
         return [self.convert(value, trim) for value in values]
 
     def make_default(self) -> Any:
@@ -409,8 +398,7 @@ class Argument:
             value.strip() if trim and isinstance(value, str) else value
         )
         try:
-            is_strict = isinstance(self.type, type) and self.type in KINDS
-            value = strict(self.type, value) if is_strict else self.type(value)
+            value = strict(self.type, value) if self.kind else self.type(value)
             if self.is_kept:
                 (value if isinstance(value, str) else to_json(value)).encode()
         except ValueError as error:
@@ -435,11 +423,8 @@ class Argument:
     @property
     def schema(self) -> dict[str, Any]:
         """What one value must be, or a list of them, as JSON Schema."""
-        is_kind = isinstance(self.type, type) and self.type in KINDS
-        described = (
-            KINDS[self.type][0] if is_kind else getattr(self.type, "__schema__", {})
-        )
-        schema = dict(described)
+        own = getattr(self.type, "__schema__", {})
+        schema = dict(self.kind[0] if self.kind else own)
         if isinstance(self.choices, range):
             schema |= {"minimum": self.choices[0], "maximum": self.choices[-1]}
         elif self.choices:
@@ -474,7 +459,7 @@ DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 def strict(kind: Any, value: Any) -> Any:
     """A value of a type in KINDS, without the surprises of calling it."""
     text = getattr(value, "text", str(value)).strip()
-    if isinstance(value, FileStorage if kind in (str, FileStorage) else ()):
+    if isinstance(value, FileStorage) and kind in (str, FileStorage):
         return value  # an upload is itself, unless another type is given
     if kind is str and not isinstance(value, bool | list | dict):
         str(value).encode()  # ValueError for half of a surrogate pair
@@ -510,19 +495,28 @@ def read(request: werkzeug.Request, place: str) -> Any:
     """
     if place == "json":
         return read_json(request.get_data()) if request.is_json else {}
-    raw = request.query_string if place == "args" else b""
+    if place == "args":
+        refuse_unless_utf8(request.query_string)
     if place == "form":
-        raw = request.get_data()  # before Werkzeug decodes it, and forgets the bytes
-        if request.mimetype == "multipart/form-data":
-            texts = [text for pair in request.form.items(multi=True) for text in pair]
-            # What it cannot decode it makes U+FFFD, which was not sent then.
-            lost = [text for text in texts if text and "\ufffd" in text]
-            raw = b"\xff" if any(text.encode() not in raw for text in lost) else b""
-    try:
-        unquote_to_bytes(raw).decode()
-    except UnicodeDecodeError:
-        raise Refusal(message=f"T{PLACES[place][1:]} must be in UTF-8") from None
+        body = request.get_data()  # before Werkzeug decodes it, and forgets the bytes
+        if request.mimetype != "multipart/form-data":
+            refuse_unless_utf8(body)
+        for text in (text for pair in request.form.items(multi=True) for text in pair):
+            # What it cannot decode there it makes U+FFFD, which was not sent then.
+            if (
+                text
+                and "\ufffd" in text
+                and text.encode() not in unquote_to_bytes(body)
+            ):
+                refuse_unless_utf8(b"\xff")
     return getattr(request, place)
+
+
+def refuse_unless_utf8(quoted: bytes) -> None:
+    try:
+        unquote_to_bytes(quoted).decode()
+    except UnicodeDecodeError:
+        raise Refusal(message="Forms and query strings must be in UTF-8") from None
 
 
 def read_json(body: bytes) -> dict[str, Any]:
@@ -606,6 +600,11 @@ def date(value: Any) -> Date:
 date.__schema__ = {"type": "string", "format": "date"}  # type: ignore[attr-defined]
 
 
+def in_json(values: Mapping[str, Any]) -> Callable[[str], Any]:
+    """The parts of a request whose JSON body this is, for RequestParser.parse."""
+    return lambda place: values if place == "json" else {}
+
+
 def parser_of(*arguments: Argument) -> RequestParser:
     """A parser that reports all errors at once."""
     parser = RequestParser(bundle_errors=True)
@@ -645,8 +644,7 @@ class Resource:
         self.starter = {}
         for id, given in (starter or {}).items():
             try:
-                part = defaultdict[str, Any](dict, json=given).__getitem__
-                self.starter[id] = self.parser.parse(part, strict=True)
+                self.starter[id] = self.parser.parse(in_json(given), strict=True)
             except http.BadRequest as error:
                 raise ValueError(
                     f"starter {id!r} of {name} cannot be: {error}"
@@ -710,7 +708,7 @@ class Row(NamedTuple):
 
 
 EMPTY = '{"account": {}, "sessions": {}, "counters": {}}'
-NOBODY = Row("", 0, "", EMPTY)
+NO_DOCUMENT = Row("", 0, "", EMPTY)
 Select = Callable[[Query], list[Row]]  # the items, and one too many if they are cut
 
 
@@ -727,7 +725,7 @@ class Data(dict[str, Any]):
     """
 
     def __init__(self, rows: list[Row], query: Query, select: Select) -> None:
-        document, *items = rows or [NOBODY]
+        document, *items = rows or [NO_DOCUMENT]
         super().__init__(json.loads(EMPTY) | load(document.text))
         self._document, self._select, self.is_cleared = document.text, select, False
         self._rows: dict[tuple[str, str], Row] = {}  # as they were
@@ -815,7 +813,7 @@ class MemoryStore:
         """A snapshot of what the owner has."""
         select = partial(self._select, owner)
         with self._lock:
-            document = self._documents.get(owner, NOBODY)
+            document = self._documents.get(owner, NO_DOCUMENT)
             return Data([document, *select(query)], query, select)
 
     @contextmanager
@@ -831,7 +829,7 @@ class MemoryStore:
             if data.is_cleared:
                 self._rows.pop(owner, None)
             if document:
-                self._documents[owner] = NOBODY._replace(text=document)
+                self._documents[owner] = NO_DOCUMENT._replace(text=document)
             for row in rows:
                 items = self._rows.setdefault(owner, {}).setdefault(row.resource, {})
                 items[row.id] = row
@@ -1206,7 +1204,9 @@ class Tokens:
         if len(token) > 4096 or "=" in token:
             raise InvalidToken("The token is longer than 4096 characters, or padded")
         now = self._clock()
-        claims = self._remembered(typ, token, now // 300)  # withdrawn keys must go
+        # Withdrawn keys must go, and a refresh token is hardly seen twice.
+        check = self._remembered if typ == ACCESS else self._verify
+        claims = check(typ, token, now // 300)
         if claims["exp"] <= now and not even_expired:
             raise InvalidToken("The token has expired")
         return claims
@@ -1460,17 +1460,15 @@ class Request(werkzeug.Request):
             raise http.BadRequest(hint)
         part = cache(partial(read, self))
         values = parser.parse(part, partial=is_partial)
-        places = {"json", "form", "files"}
-        looked = [(each.name, places & {*each.places}) for each in parser.args]
-        is_lost = not any(
-            name in part(place) for name, where in looked for place in where
-        )
-        if (
-            is_lost
-            and any(where for _, where in looked)
-            and (part("json") or not self.is_json)
-            and body
-        ):
+        wanted = [
+            (place, each.name)
+            for each in parser.args
+            for place in each.places
+            if place != "args"
+        ]
+        is_empty = not body or (self.is_json and not part("json"))
+        is_read = any(name in part(place) for place, name in wanted)
+        if wanted and not (is_empty or is_read):
             names = ", ".join(each.name for each in parser.args)
             raise http.BadRequest(f"The body holds none of {names}")
         return values
@@ -1479,6 +1477,10 @@ class Request(werkzeug.Request):
     def claims(self) -> Claims:
         """The claims of the bearer's access token (RFC 6750 §2.1); 401 without one."""
         return self.app.tokens.verify(ACCESS, bearer_token(self.environ))
+
+    def require_bearer(self) -> Claims:
+        """401 without a good token; its session is looked up with the data."""
+        return self.claims
 
     @property
     def user(self) -> str:
@@ -1543,14 +1545,14 @@ def line(body: Any) -> bytes:
 
 
 def tag_of(data: bytes) -> str:
-    """The strong entity tag of a representation."""
-    return f'"{hashlib.sha256(data).hexdigest()[:32]}"'
+    """The strong entity tag of a representation, without its quotes."""
+    return hashlib.sha256(data).hexdigest()[:32]
 
 
 def tagged(body: Any, status: int = 200, **headers: str) -> Response:
     """An answer with its ETag."""
     response = answer(body, status, **headers)
-    response.headers["ETag"] = tag_of(response.get_data())
+    response.set_etag(tag_of(response.get_data()))
     return response
 
 
@@ -1568,25 +1570,24 @@ def check_preconditions(request: Request, there: Any) -> bool:
 
     there is None where nothing is (RFC 9110 §13.2.2).
     """
-    match = request.headers.get("If-Match")
-    none_match = request.headers.get("If-None-Match")
-    if not (match or none_match):
+    for header in (
+        request.headers.get("If-Match"),
+        request.headers.get("If-None-Match"),
+    ):
+        if header and not re.fullmatch(ENTITY_TAGS, header):
+            right = "* or quoted entity tags with commas between"
+            raise http.BadRequest(f"If-Match and If-None-Match take {right}")
+    is_asked = request.headers.get("If-Match")
+    if not (is_asked or request.headers.get("If-None-Match")):
         return False
-    tag = None if there is None else tag_of(line(there))
-    if match and not names(match.replace(f"W/{tag}", '""'), tag):
+    tag = tag_of(line(there))
+    is_there = there is not None
+    if is_asked and not (is_there and request.if_match.contains(tag)):
         raise http.PreconditionFailed("If-Match does not name what is there now")
-    is_known = bool(none_match) and names(str(none_match), tag)
+    is_known = is_there and request.if_none_match.contains_weak(tag)
     if is_known and request.method not in ("GET", "HEAD"):
         raise http.PreconditionFailed("If-None-Match names what is there now")
     return is_known
-
-
-def names(header: str, tag: str | None) -> bool:
-    """Does * or a list of entity tags name this one? 400 for any other text."""
-    if not re.fullmatch(ENTITY_TAGS, header):
-        right = "* or quoted entity tags with commas between"
-        raise http.BadRequest(f"If-Match and If-None-Match take {right}")
-    return tag is not None and (header == "*" or tag in header)
 
 
 ENTITY_TAGS = r'\*|(W/)?"[!#-~]*"( *, *(W/)?"[!#-~]*")*'
@@ -1713,17 +1714,16 @@ def create_user(request: Request) -> Response:
     if request.app.settings.signup == "closed":
         raise http.Forbidden("Sign-up is closed: ask the operator for an account")
     given = request.parse(SIGN_UP)
-    password = new_password(given.username, given.password)
-    hash = request.app.passwords.hash(password, request.remote_addr or "")
+    refuse_name(given.username, given.password)
+    hash = request.app.passwords.hash(given.password, request.remote_addr or "")
     add_account(request.app, given.username, hash)
     request.log("sign-up", given.username)
     return answer({"username": given.username}, 201)
 
 
-def new_password(username: str, password: str, argument: str = "password") -> str:
+def refuse_name(username: str, password: str, argument: str = "password") -> None:
     if password.casefold() == username:
         raise Refusal(message={argument: "Must not be the name itself"})
-    return PASSWORD(password)
 
 
 def add_account(app: App, name: str, hash: str, roles: Iterable[str] = ()) -> None:
@@ -1747,8 +1747,8 @@ def change_password(request: Request) -> Response:
     """Change the password; all other sessions end"""
     given = request.parse(CHANGE)
     account = check_password(request, request.user, given.password)
-    password = new_password(request.user, given.new_password, "new_password")
-    hash = request.app.passwords.hash(password, request.remote_addr or "")
+    refuse_name(request.user, given.new_password, "new_password")
+    hash = request.app.passwords.hash(given.new_password, request.remote_addr or "")
     with request.write(NO_ITEMS) as data:
         refuse_change(data, account)
         data["account"]["hash"] = hash
@@ -2078,10 +2078,11 @@ OUR_ROUTES = [
 # resources, so that it cannot drift; and a page that shows it to people.
 
 VARIABLE = re.compile(r"<(?:[^<>:]+:)?([^<>]+)>")
-TAGS = {"type": "string", "pattern": f"^({ENTITY_TAGS})?$"}
 TEXT = {"type": "string"}
-ERROR = {"message": {"type": ["string", "object"]}, "error": TEXT}
-ERROR |= {"error_description": TEXT}
+TAGS = TEXT | {"pattern": f"^({ENTITY_TAGS})?$"}
+MESSAGE = {"type": ["string", "object"]}
+MESSAGES = {"message": MESSAGE, "error": TEXT, "error_description": TEXT}
+ERROR = {"type": "object", "properties": MESSAGES}
 DOCS = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="docs/favicon-32x32.png">
@@ -2097,24 +2098,27 @@ POLICY = (
 
 def read_openapi(request: Request) -> Response:
     """This description"""
-    schemas: dict[str, Any] = {"Error": {"type": "object", "properties": ERROR}}
+    app = request.app
+    schemas = {camel(each.item): object_schema(each.parser) for each in app.resources}
     paths = defaultdict[str, dict[str, Any]](dict)
-    for resource in request.app.resources:
-        schemas[camel(resource.item)] = object_schema(resource.parser)
-    for route in request.app.routes:
+    for route in app.routes:
         if route.view not in (read_openapi, read_docs):
             method, path = VARIABLE.sub(r"{\1}", route.rule).split()
-            paths[path][method.lower()] = operation(route, schemas)
+            paths[path][method.lower()] = operation(route)
     flows = {"password": {"tokenUrl": f"{request.prefix}/token", "scopes": {}}}
-    login = {"type": "oauth2", "flows": flows}
-    bearer = {"type": "http", "scheme": "bearer"}
-    schemes = {"login": login, "bearer": bearer}
+    schemes = {
+        "login": {"type": "oauth2", "flows": flows},
+        "bearer": {"type": "http", "scheme": "bearer"},
+    }
     document = {
         "openapi": "3.1.0",
-        "info": {"title": request.app.title, "version": "1.0.0"},
+        "info": {"title": app.title, "version": "1.0.0"},
         "servers": [{"url": request.prefix or "/"}],
         "paths": paths,
-        "components": {"schemas": schemas, "securitySchemes": schemes},
+        "components": {
+            "schemas": {"Error": ERROR} | schemas,
+            "securitySchemes": schemes,
+        },
     }
     return Response(json.dumps(document), content_type="application/json")
 
@@ -2123,58 +2127,61 @@ def camel(text: str) -> str:
     return re.sub(r"\W", "", text.title())
 
 
-def content(schema: Any, kinds: Iterable[str] = BODIES[:1]) -> dict[str, Any]:
-    return {"content": {kind: {"schema": schema} for kind in kinds}}
+def operation(route: Route) -> dict[str, Any]:
+    """What OpenAPI says of one route."""
+    resource = route.resource
+    described = {
+        "operationId": re.sub(r"\W+", "_", route.rule).strip("_").lower(),
+        "summary": (route.view.__doc__ or route.rule).strip().split("\n")[0],
+        "tags": [resource.name if resource else "service"],
+        "security": [] if route.is_open else [{"login": []}, {"bearer": []}],
+        "parameters": parameters(route),
+        "responses": responses(route),
+    }
+    arguments = route.takes.args if route.takes else []
+    in_body = [each for each in arguments if each.places != ["args"]]
+    if in_body:
+        is_partial = route.view is update_item
+        body = object_schema(parser_of(*in_body), is_partial)
+        # Not "required": the clients of openapi-python-client would not import then.
+        described["requestBody"] = content(body, BODIES)
+    return described
+
+
+def parameters(route: Route) -> list[dict[str, Any]]:
+    found = [("path", name, True, TEXT) for name in VARIABLE.findall(route.rule)]
+    for each in route.takes.args if route.takes else ():
+        if each.places == ["args"]:
+            found.append(("query", each.name, each.required, each.schema))
+    if route.resource:
+        for name in ("If-Match", "If-None-Match"):
+            found.append(("header", name, False, TAGS))
+    keys = ("in", "name", "required", "schema")
+    return [dict(zip(keys, values, strict=True)) for values in found]
+
+
+def responses(route: Route) -> dict[str, Any]:
+    schema = schema_of(route.example)
+    if route.resource:
+        schema = reference(camel(route.resource.item))
+    if route.view is list_items:
+        schema = {"type": "object", "additionalProperties": schema}
+    success = {} if route.status == 204 else content(schema)
+    found = {
+        str(route.status): {"description": HTTP_STATUS_CODES[route.status], **success},
+        "default": {"description": "An error", **content(reference("Error"))},
+    }
+    if route.view in (list_items, read_item):
+        found["304"] = {"description": HTTP_STATUS_CODES[304]}
+    return found
 
 
 def reference(name: str) -> dict[str, str]:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
-    """What OpenAPI says of one route; the schema of its body goes to the others."""
-    resource, arguments = route.resource, route.takes.args if route.takes else []
-    parameters = [("path", name, True, TEXT) for name in VARIABLE.findall(route.rule)]
-    for each in arguments:
-        if each.places == ["args"]:
-            parameters.append(("query", each.name, each.required, each.schema))
-    if resource:
-        tags = ("If-Match", "If-None-Match")
-        parameters += [("header", name, False, TAGS) for name in tags]
-    schema = schema_of(route.example)
-    if resource:
-        schema = reference(camel(resource.item))
-        if route.view is list_items:
-            schema = {"type": "object", "additionalProperties": schema}
-    success = {} if route.status == 204 else content(schema)
-    responses = {
-        str(route.status): {"description": HTTP_STATUS_CODES[route.status], **success},
-        "default": {"description": "An error", **content(reference("Error"))},
-    }
-    if route.view in (list_items, read_item):
-        responses["304"] = {"description": HTTP_STATUS_CODES[304]}
-    described = {
-        "operationId": re.sub(r"\W+", "_", route.rule).strip("_").lower(),
-        "summary": (route.view.__doc__ or route.rule).strip().split("\n")[0],
-        "tags": [resource.name if resource else "service"],
-        "security": [] if route.is_open else [{"login": []}, {"bearer": []}],
-        "parameters": [
-            {"in": place, "name": name, "required": is_required, "schema": schema}
-            for place, name, is_required, schema in parameters
-        ],
-        "responses": responses,
-    }
-    if len(arguments) > sum(each.places == ["args"] for each in arguments):
-        is_patch = route.rule.startswith("PATCH")
-        body = object_schema(parser_of(*arguments), is_patch and bool(resource))
-        kinds = content(body, BODIES)["content"]
-        if is_patch:  # generators want one name for what two types of JSON share
-            schemas[camel(route.rule) + "Body"] = body
-            shared = reference(camel(route.rule) + "Body")
-            kinds |= content(shared, PATCHES[:2])["content"]
-        # Not "required": the clients of openapi-python-client would not import then.
-        described["requestBody"] = {"content": kinds}
-    return described
+def content(schema: Any, kinds: Iterable[str] = BODIES[:1]) -> dict[str, Any]:
+    return {"content": {kind: {"schema": schema} for kind in kinds}}
 
 
 def schema_of(example: Any) -> dict[str, Any]:
@@ -2259,9 +2266,10 @@ class App:
         names = [resource.name for resource in self.resources]
         if len(set(names)) < len(names):
             raise ValueError(f"two resources have one name: {', '.join(names)}")
-        items = [route for each in self.resources for route in routes_of(each)]
-        every = [*OUR_ROUTES, *DOCS_ROUTES, *items, *routes]
-        self.routes = list({route.rule: route for route in every}.values())
+        every = [*OUR_ROUTES, *DOCS_ROUTES]
+        for resource in self.resources:
+            every += routes_of(resource)
+        self.routes = list({route.rule: route for route in [*every, *routes]}.values())
         rules = []
         for route in self.routes:
             method, path = route.rule.split()
@@ -2269,11 +2277,8 @@ class App:
         # No redirects: /todos/ and //todos are other paths than /todos.
         self._urls = Map(rules, merge_slashes=False, redirect_defaults=False).bind("")
         self._match = lru_cache(maxsize=1000)(self._urls.match)
-        self._origins = settings.origins
-        hops = settings.proxies
-        self._wsgi: WSGIApplication = self._respond
-        if hops:
-            self._wsgi = ProxyFix(self._wsgi, hops, hops, hops, 0, hops)
+        self._origins, hops = settings.origins, settings.proxies
+        self._wsgi = ProxyFix(self._respond, hops, hops, hops, 0, hops)
 
     def __call__(
         self, environ: WSGIEnvironment, start_response: StartResponse
@@ -2322,7 +2327,7 @@ class App:
         route, found = self._match(path, request.method)
         arguments, request.route = dict(found), route
         if not route.is_open:
-            request.user  # noqa: B018 (401 comes before all else)
+            request.require_bearer()  # 401 comes before all else
         if route.resource:
             arguments["resource"] = route.resource
         result = route.view(request, **arguments)
@@ -2363,16 +2368,13 @@ def guard(
     """WSGI middleware that lets only valid access tokens through.
 
     The app finds REMOTE_USER, the name, and service.claims. It verifies with the keys
-    at the issuer's jwks_url, or with its secret (which can forge tokens as well).
-    Without a good token it answers 401 (RFC 6750 §3), without keys 503. CORS preflights
-    and open_paths pass, as nobody.
+    at the issuer's jwks_url, or with its secret (which can forge tokens as well). No
+    good token: 401 (RFC 6750 §3); no keys: 503. CORS preflights and open_paths pass.
     """
     if bool(secret) == bool(jwks_url) or isinstance(open_paths, str):
         raise ValueError("guard needs a secret or a jwks_url, and a list of open_paths")
-    settings, paths = (
-        Settings(secret or "", issuer=issuer, audience=audience),
-        {*open_paths},
-    )
+    settings = Settings(secret or "", issuer=issuer, audience=audience)
+    paths = set(open_paths)
     tokens = Tokens(settings, clock, remote_keys(jwks_url) if jwks_url else None)
 
     def guarded(
@@ -2445,15 +2447,9 @@ def main(app: App | None = None) -> None:
 def run_command(app: App, command: str, name: str, roles: list[str]) -> None:
     if isinstance(app.store, MemoryStore):
         raise ValueError("Set SERVICE_STORE_URL: the memory store is gone at the end")
-    if command == "deluser":
-        hash = None
-    else:
-        typed = getpass() if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
-        given = {"username": name, "password": typed}
-        part = defaultdict[str, Any](dict, json=given).__getitem__
-        hash = app.passwords.hash(new_password(**SIGN_UP.parse(part)))
+    hash = "" if command == "deluser" else app.passwords.hash(typed_password(name))
     if command == "adduser":
-        add_account(app, name, str(hash), [ROLE(role) for role in roles])
+        add_account(app, name, hash, [ROLE(role) for role in roles])
         return
     with app.store.write(name, NO_ITEMS) as data:
         if not data["account"].get("hash"):
@@ -2461,6 +2457,13 @@ def run_command(app: App, command: str, name: str, roles: list[str]) -> None:
         data["account"]["hash"], data["sessions"] = hash, {}
         if command == "deluser":
             delete_account(data)
+
+
+def typed_password(name: str) -> str:
+    typed = getpass() if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
+    given = SIGN_UP.parse(in_json({"username": name, "password": typed}))
+    refuse_name(**given)
+    return str(given.password)
 
 
 if __name__ == "__main__":
