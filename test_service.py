@@ -557,6 +557,7 @@ def test_json_that_cannot_be_read_is_refused_as_a_whole(data):
 def test_the_error_says_where_the_json_is_wrong_or_that_it_is_no_object():
     message = parsed(parser_of(n()), body(b'{"n": "x",\n  y}'))["message"]
     assert re.search("line 2.*column 3", message)
+    assert "UTF-8" in parsed(parser_of(n()), {"query_string": "n=%FF"})["message"]
     for data in (b"[]", b'"n"', b"5", b"null"):
         refusal = {"message": "The JSON body must be an object"}
         assert parsed(parser_of(n()), body(data)) == refusal
@@ -2114,7 +2115,6 @@ def test_a_limit_is_1_to_1000_and_a_cursor_one_that_a_link_gave(alice, query, cu
     for text in (query, cursor, query + "9" * 5_000, cursor + "9" * 5_000):
         answer = alice(f"GET /todos?{text}")
         assert (answer.status, list(answer.json["message"])) == (400, [text[:5]])
-    assert alice("GET /todos?limit=%FF").status == 400  # is no UTF-8
 
 
 EMMA, BOOK = {"title": "Emma"}, {"title": "Ulysses"}
@@ -2425,7 +2425,7 @@ def test_without_a_good_token_the_guard_answers_401(alice, guarded):
         assert answer.headers["Access-Control-Allow-Origin"] in ("*", APP)
         assert "WWW-Authenticate" in words(answer, "Access-Control-Expose-Headers")
     token = alice.access_token
-    for bad in ("", "é", token[:-4], token + "=", alice.refresh_token, "x" * 5_000):
+    for bad in ("", altered(token, sub=""), token[:-4], alice.refresh_token):
         bearer = f"Bearer {bad}".encode().decode("latin-1")
         answer = guarded("GET /", authorization=bearer)
         assert (answer.status, list(answer.json)) == (401, ["message"])
