@@ -39,7 +39,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import date as Date
 from datetime import time as Time
 from decimal import Decimal
-from functools import cache, cached_property, lru_cache, partial
+from functools import cache, lru_cache, partial
 from getpass import getpass
 from importlib.util import find_spec
 from io import BytesIO
@@ -61,7 +61,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.routing import Map, RequestRedirect, Rule
 from werkzeug.security import check_password_hash, generate_password_hash
 from werkzeug.serving import run_simple
-from werkzeug.utils import send_from_directory
+from werkzeug.utils import cached_property, send_from_directory
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -522,12 +522,7 @@ def refuse_unless_utf8(quoted: bytes) -> None:
 def read_json(body: bytes) -> dict[str, Any]:
     """The object that a body holds, {} if it is empty; a BOM is read over."""
     try:
-        value = json.loads(
-            body.decode("utf-8-sig") or "{}",
-            parse_float=Number,
-            parse_constant=Number,
-            object_pairs_hook=unique_members,
-        )
+        value = DECODER.decode(body.decode("utf-8-sig") or "{}")
         if b"\\u" in body:
             to_json(value).encode()  # half of a surrogate pair cannot be
     except (ValueError, RecursionError) as error:
@@ -546,7 +541,7 @@ def unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def to_json(value: Any) -> str:
     """JSON text; dates, times, UUIDs and Decimals as their text. Raises ValueError."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, default=as_text)
+    return ENCODER.encode(value)
 
 
 def as_text(value: Any) -> str:
@@ -555,6 +550,13 @@ def as_text(value: Any) -> str:
     if isinstance(value, UUID | Decimal):
         return str(value)
     raise ValueError(f"JSON can hold no {type(value).__name__}")
+
+
+# Made once: json.dumps and json.loads with options make a new one for each call.
+ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=as_text)
+DECODER = json.JSONDecoder(
+    parse_float=Number, parse_constant=Number, object_pairs_hook=unique_members
+)
 
 
 @dataclass(frozen=True)
@@ -726,7 +728,7 @@ class Data(dict[str, Any]):
 
     def __init__(self, rows: list[Row], query: Query, select: Select) -> None:
         document, *items = rows or [NO_DOCUMENT]
-        super().__init__(json.loads(EMPTY) | load(document.text))
+        super().__init__(json.loads(EMPTY) | load([document])[0])
         self._document, self._select, self.is_cleared = document.text, select, False
         self._rows: dict[tuple[str, str], Row] = {}  # as they were
         self._take(items, query)
@@ -740,14 +742,16 @@ class Data(dict[str, Any]):
         self._take(self._select(query), query)
 
     def _take(self, rows: list[Row], query: Query) -> None:
-        size = 0
-        for index, row in enumerate(rows):
-            if query.resource and (index == query.limit or size >= PAGE_SIZE):
-                self[query.resource].next = rows[index - 1].position
-                break
-            size += len(row.text)
+        kept, size = 0, 0
+        most = min(len(rows), query.limit)
+        while kept < most and (size < PAGE_SIZE or not query.resource):
+            size += len(rows[kept].text)
+            kept += 1
+        if kept < len(rows):
+            self[query.resource].next = rows[kept - 1].position
+        for row, item in zip(rows, load(rows[:kept]), strict=False):
             self._rows[row.resource, row.id] = row
-            self[row.resource][row.id] = load(row.text)
+            self[row.resource][row.id] = item
 
     def counter(self, resource: str) -> dict[str, int]:
         """How many items there are; the last position given, and number in an id."""
@@ -787,12 +791,12 @@ class Data(dict[str, Any]):
         pass
 
 
-def load(text: str) -> dict[str, Any]:
-    """The object in a row; 503 for a row that somebody else has spoilt."""
+def load(rows: list[Row]) -> list[dict[str, Any]]:
+    """The objects in rows, read at once; 503 if somebody else has spoilt one."""
     with suppress(ValueError):
-        value = json.loads(text)
-        if isinstance(value, dict):
-            return value
+        values = json.loads(f"[{','.join([row.text for row in rows])}]")
+        if len(values) == len(rows) and all(isinstance(each, dict) for each in values):
+            return list(values)
     raise store_down("a row holds no JSON object")
 
 
@@ -894,7 +898,7 @@ class SQLiteStore:
     """
 
     # A transaction that holds the owner's row, and reads it.
-    begin: tuple[str, ...] = ("BEGIN IMMEDIATE", CLAIM, DOCUMENT)
+    begin: tuple[str, ...] = ("BEGIN IMMEDIATE", DOCUMENT)
     errors: type[Exception] = sqlite3.Error
 
     def __init__(self, path: str) -> None:
@@ -929,6 +933,8 @@ class SQLiteStore:
             try:
                 items = [select_items(owner, query)] if query.limit else []
                 rows = self.run(connection, begin + items)
+                if not rows or rows[0].resource:  # a new owner, as it began
+                    rows = self.run(connection, [(CLAIM, mine), *begin[1:], *items])
                 data = Data(rows, query, select)
                 yield data
                 document, changed = data.changes()
@@ -1014,7 +1020,7 @@ class PostgresStore(SQLiteStore):
     may come up.
     """
 
-    begin = ("BEGIN", CLAIM, f"{DOCUMENT} FOR UPDATE")
+    begin = ("BEGIN", f"{DOCUMENT} FOR UPDATE")
 
     def __init__(self, url: str) -> None:
         try:
@@ -1422,17 +1428,19 @@ class Request(werkzeug.Request):
     def stream(self) -> BytesIO:
         """The body in memory: all of it, or 413, chunked or not."""
         limit, length = self.app.settings.max_body, self.content_length or 0
+        is_endless = bool(self.environ.get("wsgi.input_terminated"))
         too_large = http.RequestEntityTooLarge(f"A body may have {limit:,} bytes")
         if length > limit:
             raise too_large  # without waiting for it
         if self.headers.get("Content-Encoding", "identity") != "identity":
             raise http.UnsupportedMediaType("Send the body without Content-Encoding")
-        is_chunked = "Transfer-Encoding" in self.headers
-        if is_chunked and not self.environ.get("wsgi.input_terminated"):
+        if "Transfer-Encoding" in self.headers and not is_endless:
             raise http.LengthRequired("Send the body with a Content-Length")
-        self.max_content_length = limit + 1  # Werkzeug cuts a chunked body there
+        source, body = self.environ["wsgi.input"], b""
+        wanted = limit + 1 if is_endless and self.content_length is None else length
         try:
-            body = super().stream.read()
+            while len(body) < wanted and (part := source.read(wanted - len(body))):
+                body += part
         except Exception as error:  # every server has its own for a broken body
             raise http.BadRequest("The body could not be read to its end") from error
         if len(body) > limit:
@@ -1460,11 +1468,11 @@ class Request(werkzeug.Request):
             raise http.BadRequest(hint)
         part = cache(partial(read, self))
         values = parser.parse(part, partial=is_partial)
+        places = {"json"} if self.is_json else {"form", "files"}
         wanted = [
             (place, each.name)
             for each in parser.args
-            for place in each.places
-            if place != "args"
+            for place in places & {*each.places}
         ]
         is_empty = not body or (self.is_json and not part("json"))
         is_read = any(name in part(place) for place, name in wanted)
@@ -1530,14 +1538,24 @@ def bearer_token(environ: WSGIEnvironment) -> str:
     return str(token.strip(" "))
 
 
+class Answer(Response):
+    """A response that sends its headers as they are: Werkzeug looks them all over."""
+
+    def __call__(
+        self, environ: WSGIEnvironment, start_response: StartResponse
+    ) -> Iterable[bytes]:
+        start_response(self.status, list(self.headers))
+        return self.get_app_iter(environ)
+
+
 def answer(body: Any = None, status: int = 200, **headers: str) -> Response:
     """A line of JSON, without it for 204 and 304; Cache_Control is Cache-Control."""
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     if status in (204, 304):
-        response = Response(b"", status, named)
-        del response.headers["Content-Type"]
+        response = Answer(b"", status, named)
+        del response.headers["Content-Type"], response.headers["Content-Length"]
         return response
-    return Response(line(body), status, named | {"Content-Type": "application/json"})
+    return Answer(line(body), status, named | {"Content-Type": "application/json"})
 
 
 def line(body: Any) -> bytes:
