@@ -728,9 +728,9 @@ class Data(dict[str, Any]):
 
     def __init__(self, rows: list[Row], query: Query, select: Select) -> None:
         document, *items = rows or [NO_DOCUMENT]
-        super().__init__(json.loads(EMPTY) | load([document])[0])
+        super().__init__({part: {} for part in PARTS} | load([document])[0])
         self._document, self._select, self.is_cleared = document.text, select, False
-        self._rows: dict[tuple[str, str], Row] = {}  # as they were
+        self._rows: list[Row] = []  # as they were
         self._take(items, query)
 
     def __missing__(self, name: str) -> Page:
@@ -749,8 +749,8 @@ class Data(dict[str, Any]):
             kept += 1
         if kept < len(rows):
             self[query.resource].next = rows[kept - 1].position
+        self._rows += rows[:kept]
         for row, item in zip(rows, load(rows[:kept]), strict=False):
-            self._rows[row.resource, row.id] = row
             self[row.resource][row.id] = item
 
     def counter(self, resource: str) -> dict[str, int]:
@@ -767,7 +767,7 @@ class Data(dict[str, Any]):
 
     def changes(self) -> tuple[str, list[Row]]:
         """The document, "" if it is as it was, and the rows that the block changed."""
-        changed, gone = [], dict(self._rows)
+        changed, gone = [], {(row.resource, row.id): row for row in self._rows}
         for resource in [name for name in self if name not in PARTS]:
             for id, item in self[resource].items():
                 row, text = gone.pop((resource, id), None), to_json(dict(item))
@@ -793,11 +793,13 @@ class Data(dict[str, Any]):
 
 def load(rows: list[Row]) -> list[dict[str, Any]]:
     """The objects in rows, read at once; 503 if somebody else has spoilt one."""
-    with suppress(ValueError):
+    try:
         values = json.loads(f"[{','.join([row.text for row in rows])}]")
-        if len(values) == len(rows) and all(isinstance(each, dict) for each in values):
-            return list(values)
-    raise store_down("a row holds no JSON object")
+    except ValueError:
+        values = [None]
+    if len(values) != len(rows) or not {type(value) for value in values} <= {dict}:
+        raise store_down("a row holds no JSON object")
+    return list(values)
 
 
 def store_down(reason: object) -> http.ServiceUnavailable:
@@ -1545,7 +1547,7 @@ class Answer(Response):
         self, environ: WSGIEnvironment, start_response: StartResponse
     ) -> Iterable[bytes]:
         start_response(self.status, list(self.headers))
-        return self.get_app_iter(environ)
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else [self.get_data()]
 
 
 def answer(body: Any = None, status: int = 200, **headers: str) -> Response:
@@ -1588,19 +1590,17 @@ def check_preconditions(request: Request, there: Any) -> bool:
 
     there is None where nothing is (RFC 9110 §13.2.2).
     """
-    for header in (
-        request.headers.get("If-Match"),
-        request.headers.get("If-None-Match"),
-    ):
+    match = request.environ.get("HTTP_IF_MATCH")
+    none_match = request.environ.get("HTTP_IF_NONE_MATCH")
+    if not (match or none_match):
+        return False
+    for header in (match, none_match):
         if header and not re.fullmatch(ENTITY_TAGS, header):
             right = "* or quoted entity tags with commas between"
             raise http.BadRequest(f"If-Match and If-None-Match take {right}")
-    is_asked = request.headers.get("If-Match")
-    if not (is_asked or request.headers.get("If-None-Match")):
-        return False
     tag = tag_of(line(there))
     is_there = there is not None
-    if is_asked and not (is_there and request.if_match.contains(tag)):
+    if match and not (is_there and request.if_match.contains(tag)):
         raise http.PreconditionFailed("If-Match does not name what is there now")
     is_known = is_there and request.if_none_match.contains_weak(tag)
     if is_known and request.method not in ("GET", "HEAD"):
@@ -2316,7 +2316,10 @@ class App:
         except Exception:
             log.exception("a bug: %s %s", request.method, request.path)
             response = error_answer(http.InternalServerError())
-        response.call_on_close(request.close)  # of uploads
+        if isinstance(response, Answer):
+            request.close()  # of uploads
+        else:
+            response.call_on_close(request.close)
         response.headers["X-Content-Type-Options"] = "nosniff"
         if "HTTP_AUTHORIZATION" in environ:  # no cache may give it to anybody else
             response.headers.setdefault("Cache-Control", "private, no-cache")
