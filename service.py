@@ -525,11 +525,24 @@ def read_json(body: bytes) -> dict[str, Any]:
         value = DECODER.decode(body.decode("utf-8-sig") or "{}")
         if b"\\u" in body:
             to_json(value).encode()  # half of a surrogate pair cannot be
+        if body.count(b"[") + body.count(b"{") > DEEPEST:
+            refuse_depth(value, DEEPEST)
     except (ValueError, RecursionError) as error:
         raise Refusal(message=f"The JSON body could not be read: {error}") from None
     if not isinstance(value, dict):
         raise Refusal(message="The JSON body must be an object")
     return value
+
+
+DEEPEST = 100  # levels of nesting: far from what Python itself cannot read again
+
+
+def refuse_depth(value: Any, levels: int) -> None:
+    if levels == 0:
+        raise ValueError(f"it nests deeper than {DEEPEST} levels")
+    children = value.values() if isinstance(value, dict) else value
+    for child in children if isinstance(value, dict | list) else ():
+        refuse_depth(child, levels - 1)
 
 
 def unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -913,11 +926,16 @@ class SQLiteStore:
 
     def read(self, owner: str, query: Query = EVERYTHING) -> Data:
         """A snapshot of what the owner has."""
+
+        def select(query: Query) -> list[Row]:
+            with self._connection() as connection:
+                return self.run(connection, [select_items(owner, query)])
+
         sql, values = select_items(owner, query)
         both = f"{DOCUMENT} UNION ALL {sql}" if query.limit else DOCUMENT
         with self._connection() as connection:  # one statement, so of one moment
             rows = self.run(connection, [(both, values)])
-        return Data(rows, query, lambda query: [])
+        return Data(rows, query, select)
 
     @contextmanager
     def write(self, owner: str, query: Query = EVERYTHING) -> Iterator[Data]:
@@ -1434,7 +1452,7 @@ class Request(werkzeug.Request):
         too_large = http.RequestEntityTooLarge(f"A body may have {limit:,} bytes")
         if length > limit:
             raise too_large  # without waiting for it
-        if self.headers.get("Content-Encoding", "identity") != "identity":
+        if self.headers.get("Content-Encoding", "").lower() not in ("", "identity"):
             raise http.UnsupportedMediaType("Send the body without Content-Encoding")
         if "Transfer-Encoding" in self.headers and not is_endless:
             raise http.LengthRequired("Send the body with a Content-Length")
@@ -1650,7 +1668,7 @@ def oauth_error(error: http.HTTPException) -> str:
 def add_cors(response: Response, environ: WSGIEnvironment, origins: list[str]) -> None:
     """Let the pages of these origins use the service; never with credentials."""
     origin = "*" if "*" in origins else environ.get("HTTP_ORIGIN", "")
-    if origins and origin != "*":
+    if origins and "*" not in origins:
         response.vary.add("Origin")
     if origin in origins:
         response.headers["Access-Control-Allow-Origin"] = origin
@@ -1864,10 +1882,11 @@ def issue_token(request: Request) -> Response:
 
 def parse_once(request: Request, parser: RequestParser) -> Namespace:
     """Arguments that stand once each, in the body: URLs are logged (RFC 6749 §3.2)."""
-    in_url = [each.name for each in parser.args if each.name in request.args]
+    in_url = [each.name for each in parser.args if each.name in read(request, "args")]
     if in_url:
         raise Refusal(message=f"{in_url[0]} must be in the body, not in the URL")
-    twice = [name for name in request.form if len(request.form.getlist(name)) > 1]
+    form = read(request, "form")
+    twice = [name for name in form if len(form.getlist(name)) > 1]
     if twice:
         raise Refusal(message=f"{twice[0]} must be sent once")
     return request.parse(parser)
@@ -2296,7 +2315,9 @@ class App:
         self._urls = Map(rules, merge_slashes=False, redirect_defaults=False).bind("")
         self._match = lru_cache(maxsize=1000)(self._urls.match)
         self._origins, hops = settings.origins, settings.proxies
-        self._wsgi = ProxyFix(self._respond, hops, hops, hops, 0, hops)
+        self._wsgi: WSGIApplication = self._respond
+        if hops:
+            self._wsgi = ProxyFix(self._respond, hops, hops, hops, 0, hops)
 
     def __call__(
         self, environ: WSGIEnvironment, start_response: StartResponse
@@ -2330,12 +2351,6 @@ class App:
         environ, path = request.environ, request.path
         if environ.get("SERVER_PROTOCOL") == "HTTP/1.1" and "HTTP_HOST" not in environ:
             raise http.BadRequest("HTTP/1.1 asks for a Host header (RFC 9112 §3.2)")
-        if "\0" in path:
-            raise http.BadRequest("A path holds no NUL")
-        for name, most in LONGEST.items():
-            if len(environ.get(name, "")) > most:
-                text = f"{name.removeprefix('HTTP_')} may have {most} characters"
-                raise http.RequestHeaderFieldsTooLarge(text)
         if environ.get("PATH_INFO", "").startswith("//"):  # Werkzeug takes it for one
             raise http.NotFound()
         if request.method == "OPTIONS":
@@ -2347,8 +2362,16 @@ class App:
                 return response
         route, found = self._match(path, request.method)
         arguments, request.route = dict(found), route
-        if not route.is_open:
-            request.require_bearer()  # 401 comes before all else
+        if not route.is_open:  # 401 comes before all else
+            request.require_bearer()
+            if not route.resource:  # whose views look at the session with the data
+                request.read(NO_ITEMS)
+        if "\0" in path:
+            raise http.BadRequest("A path holds no NUL")
+        for name, most in LONGEST.items():
+            if len(environ.get(name, "")) > most:
+                text = f"{name.removeprefix('HTTP_')} may have {most} characters"
+                raise http.RequestHeaderFieldsTooLarge(text)
         if route.resource:
             arguments["resource"] = route.resource
         result = route.view(request, **arguments)

@@ -44,9 +44,10 @@ BENCH = Path(__file__).resolve().parent
 sys.path[:0] = [str(BENCH.parent), str(BENCH.parent / "tests"), str(BENCH)]
 
 import psycopg  # noqa: E402
-from conftest import ROOT, Postgres, eventually, serve  # noqa: E402
 from faults_app import PASSWORD  # noqa: E402
 from test_deployment import Nginx, Pair, Writing  # noqa: E402
+
+from conftest import ROOT, Postgres, eventually, serve  # noqa: E402
 
 SECRET = "0123456789abcdef" * 4
 WRONG = "wrong horse battery"

@@ -35,7 +35,8 @@ from requests_oauthlib import OAuth2Session as RequestsSession
 
 import service
 from conftest import ROOT, Canned, eventually, page, serve
-from test_service import ISSUER, PASSWORD, SECRET, Answer, World, together
+from service import Argument, Resource, Route
+from test_service import FORM, ISSUER, JSON, PASSWORD, SECRET, Answer, World, together
 
 SHOP = "https://shop.example"  # another service, which a login opens too
 ALGORITHMS = {"Ed25519": "EdDSA", "P-256": "ES256", "RSA": "RS256"}
@@ -638,3 +639,49 @@ def test_known_clients_refresh_by_themselves(monkeypatch: pytest.MonkeyPatch) ->
             with pytest.raises((OAuthError, InvalidGrantError), match="invalid_grant"):
                 session.get(f"{server.url}/todos")
             session.close()
+
+
+# ---- An app of one's own, attacked ---------------------------------------------------
+
+THINGS = Resource("things", "thing", [Argument("list", type=list)])
+HELLO = Route("GET /hello", lambda request: {"hello": request.user})
+
+
+def test_no_item_nests_deeper_than_every_request_can_read() -> None:
+    alice = World(resources=[THINGS]).user("alice")
+    for levels in (90, 101, 500, 960, 974, 30_000):
+        body = b'{"list": ' + b"[" * levels + b"]" * levels + b"}"
+        made = alice("POST /things", body, content_type=JSON)
+        assert made.status == (201 if levels < 100 else 400), levels
+    assert list(alice("GET /things").json) == ["thing1"]
+    assert alice("PATCH /things/thing1", {"list": []}).json == {"list": []}
+
+
+def test_a_session_that_has_ended_is_401_before_a_view_or_a_password_is_asked() -> None:
+    world = World(routes=[HELLO])
+    alice, other = world.user("alice"), world.log_in("alice")
+    assert alice("GET /hello").json == {"hello": "alice"}
+    assert other("DELETE /users/me/sessions").status == 204
+    wrong = {"password": "a wrong password", "new_password": PASSWORD}
+    for request in ("GET /hello", "DELETE /users/me", "PATCH /users/me"):
+        assert [alice(request, wrong).status for _ in range(12)] == [401] * 12
+    assert world.log_in("alice").is_in  # which no wrong password has slowed down
+
+
+def test_a_login_by_form_is_read_like_every_other_form() -> None:
+    world = World()
+    form = {"username": "bob", "password": "\ufffd" * 15}
+    assert world("POST /users", form=form).status == 201
+    assert world("POST /token", form=form | {"grant_type": "password"}).status == 200
+    hint = world("POST /token", b'{"grant_type": "password"}', content_type=FORM)
+    assert "application/json" in hint.json["error_description"]
+    for path in ("/token", "/revoke"):
+        assert (
+            world(f"POST {path}", form=form, environ={"QUERY_STRING": "\xff"}).status
+            == 400
+        )
+
+
+def test_every_page_varies_with_its_origin_even_if_that_is_a_star() -> None:
+    world = World(cors_origins="https://app.example")
+    assert world("GET /health", origin="*").headers["Vary"] == "Origin"

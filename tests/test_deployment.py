@@ -28,9 +28,9 @@ from typing import Any
 
 import psycopg
 import pytest
-from conftest import ROOT, Postgres, eventually, free_port, run, serve
 from werkzeug.datastructures import Headers
 
+from conftest import ROOT, Postgres, eventually, free_port, run, serve
 from test_service import JSON, PASSWORD, SECRET, Answer, together
 
 README = (ROOT / "README.md").read_text()
