@@ -126,7 +126,8 @@ def prepare(app: WSGIApp | Server, name: str) -> dict[str, dict[str, str]]:
     if name == "service":  # whose accounts are made by sign-up
         for user in NAMES:
             account = {"username": user, "password": PASSWORD}
-            assert app.call("POST", "/users", "", account).status == 201
+            made = app.call("POST", "/users", "", account)
+            assert made.status == 201, made
     if name == "constant":
         return {user: {"access_token": "-", "refresh_token": "-"} for user in NAMES}
     pairs = {user: log_in(app, user) for user in NAMES}
@@ -341,12 +342,12 @@ class Served:
             token = self.pairs[case.user]["access_token"] if case.user else ""
             token = altered(token) if case is BAD_TOKEN else token
             body = "" if case.body is None else json.dumps(case.body)
-            connections = 2 if case is LOGGING_IN else 16
+            is_slow = case is LOGGING_IN
             load = self.server.wrk(
                 *(case.method, case.path, token, body),
-                seconds=seconds,
+                seconds=seconds * 2 if is_slow else seconds,
                 threads=1,
-                connections=connections,
+                connections=2 if is_slow else 16,
             )
         refused = load.count if case.status >= 400 else 0
         assert load.refused == refused, (case, load)
@@ -484,7 +485,7 @@ def draw(result: dict[str, Any]) -> None:
             for name, cost in costs.items()
             if name != "constant"
         ]
-        title = f"{case.title}, in process: processor time of a request"
+        title = f"{case.title} in process: processor time"
         panels.append((title, sorted(bars, key=lambda bar: -bar[1])))
     costs = result["servers"][GET_ONE.title]
     reference = costs["service, gunicorn gevent"]["clock"]
@@ -492,7 +493,7 @@ def draw(result: dict[str, Any]) -> None:
         (label(name), reference / cost["clock"], f"{1e6 / cost['clock']:,.0f}/s")
         for name, cost in costs.items()
     ]
-    title = "GET one, through servers, one worker: requests a second"
+    title = "GET one through servers: requests a second"
     panels.append((title, sorted(bars, key=lambda bar: bar[1])))
 
     heights = [len(bars) + 1.5 for _, bars in panels]
@@ -506,7 +507,7 @@ def draw(result: dict[str, Any]) -> None:
         texts = [f" {r:.2f} ({f})" for r, f in zip(ratios, figures, strict=True)]
         axes.bar_label(drawn, texts)
         axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
-        axes.set_xlim(0, max(ratios) * 1.25)
+        axes.set_xlim(0, max(ratios) * 1.4)
         axes.spines[["top", "right", "bottom"]].set_visible(False)
         axes.tick_params(bottom=False, labelbottom=False)
     figure.suptitle(
