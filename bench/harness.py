@@ -271,14 +271,23 @@ class Server:
         self.log.seek(0)
         raise RuntimeError(f"{self.process.args}: {self.log.read().decode()}")
 
-    def call(self, method: str, path: str, token: str = "", body: Any = None) -> Reply:
-        """One request, untimed."""
+    def call(
+        self,
+        method: str,
+        path: str,
+        token: str = "",
+        body: Any = None,
+        address: str = "127.0.0.1",
+    ) -> Reply:
+        """One request, untimed; address is the client's."""
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         content = None
         if body is not None:
             headers["Content-Type"] = "application/json"
             content = json.dumps(body)
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = http.client.HTTPConnection(
+            "127.0.0.1", self.port, timeout=30, source_address=(address, 0)
+        )
         try:
             connection.request(method, path, content, headers)
             response = connection.getresponse()

@@ -55,10 +55,10 @@ class Crowd:
     statuses: Counter[int] = field(default_factory=Counter)
     most_memory: int = 0  # bytes of the server's processes
 
-    def log_in(self, name: str) -> None:
+    def log_in(self, name: str, address: str) -> None:
         grant = {"grant_type": "password", "username": name, "password": PASSWORD}
         while not self.stop.is_set():
-            reply = self.server.call("POST", "/token", "", grant)
+            reply = self.server.call("POST", "/token", "", grant, address)
             self.statuses[reply.status] += 1
             if reply.status == 503:
                 self.stop.wait(float(reply.headers["retry-after"]))
@@ -73,10 +73,10 @@ def measure(worker: str, seconds: int) -> dict[str, Any]:
     server = Server("service:create_app", SERVERS[worker], ENVIRON)
     try:
         names = [f"user{number}" for number in range(CLIENTS)]
-        for name in names:
+        for name in ["reader", *names]:  # whose session no other login may end
             account = {"username": name, "password": PASSWORD}
             assert server.call("POST", "/users", "", account).status == 201
-        token = log_in(server, names[0])["access_token"]
+        token = log_in(server, "reader")["access_token"]
 
         def read() -> Load:
             request = ("GET", "/todos/todo3", token, "")
@@ -88,7 +88,10 @@ def measure(worker: str, seconds: int) -> dict[str, Any]:
         crowd = Crowd(server)
         with ThreadPoolExecutor(CLIENTS + 1) as pool:
             tasks = [pool.submit(crowd.watch_memory)]
-            tasks += [pool.submit(crowd.log_in, name) for name in names]
+            tasks += [
+                pool.submit(crowd.log_in, name, f"127.0.1.{number}")
+                for number, name in enumerate(names, 1)
+            ]
             began = time.perf_counter()
             crowded = read()
             crowd.stop.set()
