@@ -871,6 +871,7 @@ class MemoryStore:
 
 DOCUMENT = "SELECT '', 0, '', document FROM users WHERE name = :owner"
 ITEMS = "SELECT resource, position, id, value FROM items WHERE owner = :owner"
+IN_ORDER = " ORDER BY 1, 2"
 ITEM = f"{ITEMS} AND resource = :resource AND id = :id"
 PAGE_OF_ITEMS = (  # up to the item after that which goes past the size
     "SELECT resource, position, id, value FROM (SELECT *, sum(length(value)) OVER"
@@ -901,8 +902,10 @@ Statement = tuple[str, Mapping[str, Any]]
 
 
 def select_items(owner: str, query: Query) -> Statement:
-    sql = ITEM if query.id else PAGE_OF_ITEMS if query.resource else ITEMS
-    return f"{sql} ORDER BY 1, 2", {"owner": owner, **query._asdict()}
+    # One item is not put in order: PostgreSQL would look for it along the positions.
+    several = PAGE_OF_ITEMS if query.resource else ITEMS
+    sql = ITEM if query.id else several + IN_ORDER
+    return sql, {"owner": owner, **query._asdict()}
 
 
 class SQLiteStore:
@@ -932,7 +935,8 @@ class SQLiteStore:
                 return self.run(connection, [select_items(owner, query)])
 
         sql, values = select_items(owner, query)
-        both = f"{DOCUMENT} UNION ALL {sql}" if query.limit else DOCUMENT
+        both = f"{DOCUMENT} UNION ALL {sql.removesuffix(IN_ORDER)}{IN_ORDER}"
+        both = both if query.limit else DOCUMENT
         with self._connection() as connection:  # one statement, so of one moment
             rows = self.run(connection, [(both, values)])
         return Data(rows, query, select)
