@@ -83,9 +83,15 @@ class Bench:
                     database.execute(statement.format(count=count))
         else:
             with psycopg.connect(self.url, autocommit=True) as database:
-                # A table that was never analysed would get plans that scan it.
-                for statement in (COPY_ITEMS, COPY_USERS, "VACUUM ANALYZE"):
+                for statement in (COPY_ITEMS, COPY_USERS):
                     database.execute(statement.format(count=count))
+
+    def settle(self) -> None:
+        """Let PostgreSQL do now what it would do in the midst of the measurement."""
+        if self.url.startswith("postgresql:"):
+            with psycopg.connect(self.url, autocommit=True) as database:
+                for statement in ("VACUUM ANALYZE", "CHECKPOINT"):
+                    database.execute(statement)
 
     def fill(self, name: str, count: int) -> None:
         """So many items for a user."""
@@ -191,6 +197,7 @@ def growth_by_items(store: str, sizes: list[int], rounds: int) -> Curves:
             bench.add(f"owner{size}")
             bench.fill(f"owner{size}", size)
             people[size] = [Person(bench, f"owner{size}")]
+        bench.settle()
         return measure(people, rounds, f"{store}, items")
 
 
@@ -201,6 +208,7 @@ def growth_by_users(store: str, sizes: list[int], rounds: int) -> Curves:
             progress(f"{store}: {size:,} users")
             bench = Bench(url)
             bench.add_users(size)
+            bench.settle()
             chosen = range(1, size + 1, size // BATCH)
             people[size] = [Person(bench, f"user{number}") for number in chosen]
         return measure(people, rounds, f"{store}, users")
