@@ -10,7 +10,6 @@ import shlex
 import socket
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
@@ -109,23 +108,8 @@ def hang_up(sock: Any) -> None:
         sock.shutdown(socket.SHUT_RDWR)  # so that nobody waits when it is closed
 
 
-def give_way() -> None:
-    """Let the thread that hashes a password yield to those that answer requests."""
-    if sys.platform == "linux" and os.getpriority(os.PRIO_PROCESS, 0) < 19:
-        os.nice(19)  # of this thread alone; elsewhere it would be of the process
-
-
 class ThreadWorker(gthread.ThreadWorker):
     """gthread whose one loop never waits for a client."""
-
-    def init_process(self) -> None:
-        scrypt, pool = hashlib.scrypt, ThreadPoolExecutor(2, initializer=give_way)
-
-        def scrypt_in_thread(*values: Any, **options: Any) -> bytes:
-            return pool.submit(scrypt, *values, **options).result()
-
-        hashlib.scrypt = scrypt_in_thread
-        super().init_process()
 
     def handle(self, conn: Any) -> Any:
         # A new connection that is silent waits in the loop, not on a thread for 5 s.
@@ -154,13 +138,9 @@ if find_spec("gevent"):
             super().patch()
             scrypt = hashlib.scrypt
 
-            def scrypt_giving_way(*values: Any, **options: Any) -> bytes:
-                give_way()
-                return scrypt(*values, **options)
-
             def scrypt_in_thread(*values: Any, **options: Any) -> Any:
                 pool = gevent.get_hub().threadpool
-                return pool.apply(scrypt_giving_way, values, options)
+                return pool.apply(scrypt, values, options)
 
             hashlib.scrypt = scrypt_in_thread
 
