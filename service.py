@@ -43,7 +43,7 @@ from functools import cache, lru_cache, partial
 from getpass import getpass
 from importlib.util import find_spec
 from io import BytesIO
-from itertools import islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from selectors import EVENT_READ, DefaultSelector
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -94,36 +94,33 @@ class Settings:
     proxies: int = 0
 
     def __post_init__(self) -> None:
-        keys, origins = comma_list(self.secret_key), self.origins
-        in_memory = self.store_url == "memory:"
-        https = r'https?://[^\s/?#,"\\][^\s?#,"\\]{0,200}'
+        keys, in_memory = comma_list(self.secret_key), self.store_url == "memory:"
+        url = r'https?://[^\s/?#,"\\][^\s?#,"\\]{0,200}'
         rules: dict[str, Any] = {
-            "SECRET_KEY must be set for a store that lasts: openssl rand -hex 32": (
-                keys or (in_memory and not self.secret_key)
-            ),
-            "SECRET_KEY must have 32 bytes or more, as openssl rand -hex 32 prints": (
-                all(len(key.encode()) >= 32 for key in keys)
+            "SECRET_KEY must be set to 32 bytes or more: openssl rand -hex 32": (
+                (keys or (in_memory and not self.secret_key))
+                and all(len(key.encode()) >= 32 for key in keys)
             ),
             "STORE_URL must be memory:, sqlite:///todo.db"
             " or postgresql://user:password@host/name": (
                 in_memory or re.match("sqlite:///(?!:).|postgresql://.", self.store_url)
             ),
-            "ACCESS_TTL must be seconds such as 900": 0 < self.access_ttl < 10**6,
-            "REFRESH_TTL must be seconds such as 86400": 0 < self.refresh_ttl < 10**8,
-            "REFRESH_GRACE must be seconds such as 30": 0 <= self.refresh_grace < 1000,
+            "ACCESS_TTL must be seconds such as 900": self.access_ttl > 0,
+            "REFRESH_TTL must be seconds such as 86400": self.refresh_ttl > 0,
+            "REFRESH_GRACE must be seconds such as 30": self.refresh_grace >= 0,
             "SIGNUP must be open or closed": self.signup in ("open", "closed"),
             "ISSUER must be the URL that clients use, such as https://todo.example": (
-                re.fullmatch(https, self.issuer)
+                re.fullmatch(url, self.issuer)
             ),
             "AUDIENCE must be a name such as https://todo.example, or several": (
                 re.fullmatch(r"[ !#-\[\]-~]{0,1000}", self.audience)
             ),
             "CORS_ORIGINS must be * or origins such as https://app.example:8443": (
-                origins == ["*"] or all(map(normal_origin, origins))
+                self.origins == ["*"] or all(map(normal_origin, self.origins))
             ),
-            "MAX_BODY must be bytes such as 65536": 100 <= self.max_body < 10**9,
-            "MAX_ITEMS must be a number such as 10000": 0 < self.max_items < 10**7,
-            "PROXIES must be how many are in front, such as 1": 0 <= self.proxies < 10,
+            "MAX_BODY must be bytes such as 65536": self.max_body > 0,
+            "MAX_ITEMS must be a number such as 10000": self.max_items > 0,
+            "PROXIES must be how many are in front, such as 1": self.proxies >= 0,
         }
         for rule, is_good in rules.items():
             if not is_good:
@@ -134,8 +131,7 @@ class Settings:
         """SERVICE_ACCESS_TTL=60 sets access_ttl; an empty variable counts as none."""
         given: dict[str, Any] = {}
         for setting in fields(cls):
-            name = f"SERVICE_{setting.name.upper()}"
-            example: Any = setting.default
+            name, example = f"SERVICE_{setting.name.upper()}", setting.default
             text = environ.get(name, "")
             if not text.isprintable():  # which also is what was no UTF-8
                 raise ValueError(f"{name} must be printable UTF-8, such as {example!r}")
@@ -155,7 +151,7 @@ def port(environ: Mapping[str, str] = os.environ) -> int:
     return number("PORT", environ.get("PORT") or "5000", 5000, most=65535)
 
 
-def number(variable: str, text: str, example: int, most: int = 999_999_999) -> int:
+def number(variable: str, text: str, example: Any, most: int = 999_999_999) -> int:
     if not re.fullmatch("[0-9]{1,9}", text) or int(text) > most:
         raise ValueError(f"{variable} must be a number such as {example}, not {text!r}")
     return int(text)
@@ -171,9 +167,9 @@ def normal_origin(text: str) -> str:
     form = re.fullmatch(pattern, text.lower())
     if not form:
         return ""
-    scheme, host, port = form.groups("")
-    is_default = (scheme, port) in (("http", ":80"), ("https", ":443"))
-    return f"{scheme}://{host}{'' if is_default else port}"
+    scheme, host, after_colon = form.groups("")
+    is_default = (scheme, after_colon) in (("http", ":80"), ("https", ":443"))
+    return f"{scheme}://{host}{'' if is_default else after_colon}"
 
 
 def comma_list(text: str) -> list[str]:
@@ -284,21 +280,21 @@ class RequestParser:
         Raises BadRequest with data {"message": {name: text}}, or {"message": text} for
         a body that cannot be read.
         """
-        return self.parse(cache(lambda place: read(request, place)), strict, partial)
+        return self.clean(Parts(request), strict, partial)
 
-    def parse(
-        self, part: Callable[[str], Any], strict: bool = False, partial: bool = False
+    def clean(
+        self, parts: Mapping[str, Any], strict: bool = False, partial: bool = False
     ) -> Namespace:
-        """What parse_args gives, of what part gives of each place."""
+        """What parse_args gives, of the parts of a request by place."""
         values, errors = Namespace(), dict[str, str]()
         if strict:
             known = {(place, each.name) for each in self.args for place in each.places}
             for place in ("json", "form", "files", "args"):
-                unknown = [name for name in part(place) if (place, name) not in known]
+                unknown = [name for name in parts[place] if (place, name) not in known]
                 errors |= dict.fromkeys(unknown, "Unknown argument")
         for each in self.args:
             try:
-                value = each.parse(part, self.trim, partial)
+                value = each.find(parts, self.trim, partial)
             except ValueError as error:
                 text = each.help or "{error_msg}"
                 errors[each.name] = text.replace("{error_msg}", str(error))
@@ -306,10 +302,10 @@ class RequestParser:
                     break
             else:
                 name = each.dest or each.name
-                if value is MISSING and each.store_missing and not partial:
-                    values.setdefault(name, each.make_default())
-                elif value is not MISSING:
+                if value is not MISSING:
                     values[name] = value
+                elif each.store_missing and not partial:
+                    values.setdefault(name, each.make_default())
         if errors:
             raise Refusal(message=errors)
         return values
@@ -317,7 +313,7 @@ class RequestParser:
 
 @dataclass
 class Argument:
-    """One argument: where it is looked for, how it is converted, what is without it.
+    """One argument: where it is looked for, how it is converted, its default.
 
     >>> Argument("done", type=bool).convert("False")
     False
@@ -325,7 +321,7 @@ class Argument:
     Decimal('0.1')
 
     type is called once, with the value; ValueError, TypeError, ArithmeticError, failed
-    look-ups and endless recursion become the argument's error. The types in KINDS are
+    look-ups and endless recursion become the argument's error. The types in STRICT are
     read strictly. What a type has as __schema__ describes it, as JSON Schema.
     """
 
@@ -342,37 +338,34 @@ class Argument:
     trim: bool | None = None  # None: what the parser says
     store_missing: bool = True
     case_sensitive: bool = True  # if not, values and choices are lowered
-    is_kept: bool = False  # as part of an item: what JSON cannot hold is refused
+    is_kept: bool = False  # in an item, so what JSON cannot hold is refused
 
     def __post_init__(self) -> None:
         given = [self.location] if isinstance(self.location, str) else self.location
         self.places = " ".join(given).replace("values", "args form").split()
         if not set(self.places) <= PLACES.keys():
-            raise ValueError(
-                f"{self.name}: locations are {', '.join(PLACES)} and values"
-            )
+            right = f"locations are {', '.join(PLACES)} and values"
+            raise ValueError(f"{self.name}: {right}")
         if self.action not in ("store", "append", "split") or not callable(self.type):
             right = "actions are store, append and split; a type is a function"
             raise ValueError(f"{self.name}: {right}")
-        self.kind = KINDS.get(self.type) if isinstance(self.type, type) else None
+        if isinstance(self.type, type):
+            self.type = STRICT.get(self.type, self.type)
         if not isinstance(self.choices, range):
             self.choices = [self.lowered(each) for each in self.choices]
 
-    def parse(
-        self, part: Callable[[str], Any], trim: bool = False, partial: bool = False
+    def find(
+        self, parts: Mapping[str, Any], trim: bool = False, partial: bool = False
     ) -> Any:
         """The value, or the list of values, or MISSING; ValueError for the sender."""
-        for place in self.places:
-            source = part(place)
-            if self.name in source:
-                break
-        else:
+        place = next((each for each in self.places if self.name in parts[each]), None)
+        if place is None:
             if self.required and not partial:
                 places = [words for key, words in PLACES.items() if key in self.places]
                 raise ValueError(f"Missing required parameter in {' or '.join(places)}")
             return MISSING
-        is_json = place == "json"
-        values = [source[self.name]] if is_json else source.getlist(self.name)
+        part = parts[place]
+        values = [part[self.name]] if place == "json" else part.getlist(self.name)
         if values == [None] and self.nullable is None and not self.required:
             return self.make_default() if partial else MISSING
         trim = trim if self.trim is None else self.trim
@@ -394,23 +387,15 @@ class Argument:
             if not self.nullable:
                 raise ValueError("Must not be null!")
             return None
-        value = self.lowered(
-            value.strip() if trim and isinstance(value, str) else value
-        )
+        if trim and isinstance(value, str):
+            value = value.strip()
         try:
-            value = strict(self.type, value) if self.kind else self.type(value)
+            value = self.type(self.lowered(value))
             if self.is_kept:
                 (value if isinstance(value, str) else to_json(value)).encode()
-        except ValueError as error:
-            raise ValueError(str(error) or "Invalid value") from None
-        except (
-            TypeError,
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            RecursionError,
-        ):
-            raise ValueError("Invalid value") from None
+        except BAD_VALUE as error:
+            text = str(error) if isinstance(error, ValueError) else ""
+            raise ValueError(text or "Invalid value") from None
         if self.choices and value not in self.choices:
             right = ", ".join(map(str, self.choices))
             raise ValueError(f"{value} is not a valid choice: use {right}")
@@ -423,8 +408,7 @@ class Argument:
     @property
     def schema(self) -> dict[str, Any]:
         """What one value must be, or a list of them, as JSON Schema."""
-        own = getattr(self.type, "__schema__", {})
-        schema = dict(self.kind[0] if self.kind else own)
+        schema = dict(getattr(self.type, "__schema__", {}))
         if isinstance(self.choices, range):
             schema |= {"minimum": self.choices[0], "maximum": self.choices[-1]}
         elif self.choices:
@@ -434,99 +418,110 @@ class Argument:
         return schema | ({"description": self.help} if self.help else {})
 
 
-KINDS: dict[Any, tuple[dict[str, Any], str]] = {  # JSON Schema, and what an error says
-    str: ({"type": "string"}, "text"),
-    int: ({"type": "integer"}, "an integer"),
-    float: ({"type": "number"}, "a number"),
-    bool: ({"type": "boolean"}, "true or false"),
-    list: ({"type": "array", "items": {}}, "a list"),
-    dict: ({"type": "object"}, "an object"),
-    Decimal: ({"type": "string", "format": "decimal"}, "a decimal number"),
-    FileStorage: ({"type": "string", "format": "binary"}, "a file"),
-}
-BOOLEANS = {
-    "true": True,
-    "1": True,
-    "on": True,
-    "false": False,
-    "0": False,
-    "off": False,
-}
+BAD_VALUE = (
+    ValueError,
+    TypeError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+)
+TRUE, FALSE = ("true", "1", "on"), ("false", "0", "off")
 DIGITS = re.compile(r"[+-]?[0-9]{1,4300}")
 DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 
 
-def strict(kind: Any, value: Any) -> Any:
-    """A value of a type in KINDS, without the surprises of calling it."""
-    text = getattr(value, "text", str(value)).strip()
-    if isinstance(value, FileStorage) and kind in (str, FileStorage):
-        return value  # an upload is itself, unless another type is given
-    if kind is str and not isinstance(value, bool | list | dict):
-        str(value).encode()  # ValueError for half of a surrogate pair
-        return str(value)
-    if kind is int and DIGITS.fullmatch(text):
-        return int(text)
-    if kind is Decimal and DECIMAL.fullmatch(text):
-        return Decimal(text)
-    if kind is float and DECIMAL.fullmatch(text) and math.isfinite(float(text)):
-        return float(text)
-    if kind is bool and text.lower() in BOOLEANS:
-        return BOOLEANS[text.lower()]
-    if kind in (list, dict) and isinstance(value, kind):
-        return value
-    raise ValueError(f"Must be {KINDS[kind][1]}")
+@dataclass(frozen=True)
+class Strict:
+    """A built-in type without the surprises of calling it, such as bool("False")."""
+
+    type: Any
+    words: str  # for an error
+    __schema__: dict[str, Any]
+
+    def __call__(self, value: Any) -> Any:
+        kind, text = self.type, str(value).strip()
+        if isinstance(value, FileStorage) and kind in (str, FileStorage):
+            return value  # an upload is itself, unless another type is given
+        if kind is str and not isinstance(value, bool | list | dict):
+            str(value).encode()  # ValueError for half of a surrogate pair
+            return str(value)
+        if kind is int and DIGITS.fullmatch(text):
+            return int(text)
+        if kind is Decimal and DECIMAL.fullmatch(text):
+            return Decimal(text)
+        if kind is float and DECIMAL.fullmatch(text) and math.isfinite(float(text)):
+            return float(text)
+        if kind is bool and text.lower() in TRUE + FALSE:
+            return text.lower() in TRUE
+        if kind in (list, dict) and isinstance(value, kind):
+            return value
+        raise ValueError(f"Must be {self.words}")
 
 
-class Number(float):
-    """A number in a JSON body that remembers how it was written, for Decimal."""
+STRICT = {
+    each.type: each
+    for each in (
+        Strict(str, "text", {"type": "string"}),
+        Strict(int, "an integer", {"type": "integer"}),
+        Strict(float, "a number", {"type": "number"}),
+        Strict(bool, "true or false", {"type": "boolean"}),
+        Strict(list, "a list", {"type": "array", "items": {}}),
+        Strict(dict, "an object", {"type": "object"}),
+        Strict(Decimal, "a decimal number", {"type": "string", "format": "decimal"}),
+        Strict(FileStorage, "a file", {"type": "string", "format": "binary"}),
+    )
+}
 
-    def __init__(self, text: str) -> None:
-        if not math.isfinite(self):
-            raise ValueError(f"{text} is no number that JSON knows")
-        self.text = text
 
+class Parts(dict[str, Any]):
+    """The parts of a request by their place, each read when it is asked for.
 
-def read(request: werkzeug.Request, place: str) -> Any:
-    """One part of the request; of JSON the object in the body, {} if there is none.
-
-    Raises BadRequest for what is not UTF-8, and for what is not strict JSON (RFC 8259,
-    RFC 7493): NaN, 1e999, a member that stands twice, half of a surrogate pair, absurd
-    nesting.
+    Raises BadRequest for what is not UTF-8, and for what is not strict JSON.
     """
-    if place == "json":
-        return read_json(request.get_data()) if request.is_json else {}
-    if place == "args":
-        refuse_unless_utf8(request.query_string)
-    if place == "form":
-        body = request.get_data()  # before Werkzeug decodes it, and forgets the bytes
-        if request.mimetype != "multipart/form-data":
-            refuse_unless_utf8(body)
-        for text in (text for pair in request.form.items(multi=True) for text in pair):
-            # What it cannot decode there it makes U+FFFD, which was not sent then.
-            if (
-                text
-                and "\ufffd" in text
-                and text.encode() not in unquote_to_bytes(body)
-            ):
-                refuse_unless_utf8(b"\xff")
-    return getattr(request, place)
+
+    def __init__(self, request: werkzeug.Request) -> None:
+        super().__init__()
+        self._request = request
+
+    def __missing__(self, place: str) -> Any:
+        request = self._request
+        if place == "json":
+            part = read_json(request.get_data()) if request.is_json else {}
+        else:
+            if place in ("form", "args"):
+                refuse_unless_utf8(request, place)
+            part = getattr(request, place)
+        self[place] = part
+        return part
 
 
-def refuse_unless_utf8(quoted: bytes) -> None:
+def refuse_unless_utf8(request: werkzeug.Request, place: str) -> None:
+    """Werkzeug would decode any byte to something, and forget what it was."""
+    quoted = request.query_string if place == "args" else request.get_data()
     try:
-        unquote_to_bytes(quoted).decode()
-    except UnicodeDecodeError:
+        if place == "form" and request.mimetype == "multipart/form-data":
+            texts = "".join(filter(None, chain(*request.form.items(multi=True))))
+            if texts.count("\ufffd") > quoted.count("\ufffd".encode()):
+                raise ValueError  # so it stands for what could not be decoded
+        else:
+            unquote_to_bytes(quoted).decode()
+    except ValueError:
         raise Refusal(message="Forms and query strings must be in UTF-8") from None
 
 
 def read_json(body: bytes) -> dict[str, Any]:
-    """The object that a body holds, {} if it is empty; a BOM is read over."""
+    """The object that a body holds, {} if it is empty; a BOM is read over.
+
+    Raises BadRequest for what is not strict JSON (RFC 8259, RFC 7493): NaN, 1e999, a
+    member that stands twice, half of a surrogate pair, absurd nesting.
+    """
     try:
         value = DECODER.decode(body.decode("utf-8-sig") or "{}")
         if b"\\u" in body:
             to_json(value).encode()  # half of a surrogate pair cannot be
-        if body.count(b"[") + body.count(b"{") > DEEPEST:
-            refuse_depth(value, DEEPEST)
+        if body.count(b"[") + body.count(b"{") > DEEPEST and depth(value) > DEEPEST:
+            raise ValueError(f"it nests deeper than {DEEPEST} levels")
     except (ValueError, RecursionError) as error:
         raise Refusal(message=f"The JSON body could not be read: {error}") from None
     if not isinstance(value, dict):
@@ -537,12 +532,10 @@ def read_json(body: bytes) -> dict[str, Any]:
 DEEPEST = 100  # levels of nesting: far from what Python itself cannot read again
 
 
-def refuse_depth(value: Any, levels: int) -> None:
-    if levels == 0:
-        raise ValueError(f"it nests deeper than {DEEPEST} levels")
+def depth(value: Any) -> int:
     children = value.values() if isinstance(value, dict) else value
-    for child in children if isinstance(value, dict | list) else ():
-        refuse_depth(child, levels - 1)
+    is_nested = isinstance(value, dict | list)
+    return 1 + max(map(depth, children), default=0) if is_nested else 0
 
 
 def unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -550,6 +543,18 @@ def unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(members) < len(pairs):
         raise ValueError("a member stands twice in an object")
     return members
+
+
+class Number(float):
+    """A number in a JSON body that remembers how it was written, for Decimal."""
+
+    def __init__(self, text: str) -> None:
+        if not math.isfinite(self):
+            raise ValueError(f"{text} is no number that JSON knows")
+        self.text = text
+
+    def __str__(self) -> str:
+        return self.text
 
 
 def to_json(value: Any) -> str:
@@ -593,7 +598,8 @@ class Text:
             raise ValueError(f"Must have {limits}, not {len(value):,}")
         if not re.fullmatch(self.pattern, value):
             raise ValueError(f"Must be {self.hint}")
-        return str(strict(str, value))
+        value.encode()  # ValueError for half of a surrogate pair
+        return value
 
     @property
     def __schema__(self) -> dict[str, Any]:
@@ -615,16 +621,16 @@ def date(value: Any) -> Date:
 date.__schema__ = {"type": "string", "format": "date"}  # type: ignore[attr-defined]
 
 
-def in_json(values: Mapping[str, Any]) -> Callable[[str], Any]:
-    """The parts of a request whose JSON body this is, for RequestParser.parse."""
-    return lambda place: values if place == "json" else {}
-
-
 def parser_of(*arguments: Argument) -> RequestParser:
     """A parser that reports all errors at once."""
     parser = RequestParser(bundle_errors=True)
     parser.args.extend(arguments)
     return parser
+
+
+def in_json(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The parts of a request whose JSON body this is."""
+    return {"json": values, "form": {}, "files": {}, "args": {}}
 
 
 class Resource:
@@ -653,17 +659,13 @@ class Resource:
         if shared and starter:
             raise ValueError(f"{name} is shared, so no account begins with some")
         self.name, self.item, self.shared = name, item, shared
-        self.parser = parser_of(
-            *(replace(each, location=BODY, is_kept=True) for each in arguments)
-        )
-        self.starter = {}
+        kept = [replace(each, location=BODY, is_kept=True) for each in arguments]
+        self.parser, self.starter = parser_of(*kept), dict[str, Namespace]()
         for id, given in (starter or {}).items():
             try:
-                self.starter[id] = self.parser.parse(in_json(given), strict=True)
-            except http.BadRequest as error:
-                raise ValueError(
-                    f"starter {id!r} of {name} cannot be: {error}"
-                ) from None
+                self.starter[id] = self.parser.clean(in_json(given), strict=True)
+            except Refusal as error:
+                raise ValueError(f"starter {id!r} of {name}: {error}") from None
 
 
 RESERVED = (
@@ -694,7 +696,7 @@ TODO_RESOURCE = Resource("todos", "todo", [TASK], TODOS)
 # A store keeps a user as one small document (account, sessions, counters) and a row for
 # each item. A block changes all or nothing, and holds its user's row meanwhile, so one
 # user's writes come one after the other. Nothing crosses users: any machine can hold
-# any of them. Whoever passes a Query reads what it names, and no more.
+# any of them. A Query says which items are read; without one, all are.
 
 PARTS = ("account", "sessions", "counters")  # of the document
 PAGE_SIZE = 1_000_000  # characters; a page ends with the item that goes past it
@@ -714,7 +716,7 @@ NO_ITEMS, EVERYTHING = Query(limit=0), Query()
 
 
 class Row(NamedTuple):
-    """An item as stores keep it; the document is a row of no resource."""
+    """What stores keep: an item, or the document as a row of no resource."""
 
     resource: str
     position: int  # in the order of creation; given once
@@ -722,9 +724,8 @@ class Row(NamedTuple):
     text: str  # JSON; "" to take it away
 
 
-EMPTY = '{"account": {}, "sessions": {}, "counters": {}}'
-NO_DOCUMENT = Row("", 0, "", EMPTY)
-Select = Callable[[Query], list[Row]]  # the items, and one too many if they are cut
+NO_DOCUMENT = Row("", 0, "", '{"account": {}, "sessions": {}, "counters": {}}')
+Select = Callable[[Query], list[Row]]  # the document, the items, one too many if cut
 
 
 class Page(dict[str, Any]):
@@ -739,12 +740,11 @@ class Data(dict[str, Any]):
     A snapshot may stand in a with statement, as a write must.
     """
 
-    def __init__(self, rows: list[Row], query: Query, select: Select) -> None:
-        document, *items = rows or [NO_DOCUMENT]
-        super().__init__({part: {} for part in PARTS} | load([document])[0])
-        self._document, self._select, self.is_cleared = document.text, select, False
-        self._rows: list[Row] = []  # as they were
-        self._take(items, query)
+    def __init__(self, query: Query, select: Select) -> None:
+        super().__init__()
+        self._select, self._before = select, dict[tuple[str, str], Row]()
+        self.is_cleared = False
+        self.fetch(query)
 
     def __missing__(self, name: str) -> Page:
         self[name] = page = Page()
@@ -752,19 +752,18 @@ class Data(dict[str, Any]):
 
     def fetch(self, query: Query) -> None:
         """Read more of the items."""
-        self._take(self._select(query), query)
-
-    def _take(self, rows: list[Row], query: Query) -> None:
-        kept, size = 0, 0
-        most = min(len(rows), query.limit)
-        while kept < most and (size < PAGE_SIZE or not query.resource):
-            size += len(rows[kept].text)
-            kept += 1
-        if kept < len(rows):
-            self[query.resource].next = rows[kept - 1].position
-        self._rows += rows[:kept]
-        for row, item in zip(rows, load(rows[:kept]), strict=False):
+        document, *items = self._select(query) or [NO_DOCUMENT]
+        if not self:
+            self.update(load([document])[0])
+            self._document = document
+        sizes = accumulate(len(row.text) for row in items)
+        most = min(query.limit, 1 + sum(size < PAGE_SIZE for size in sizes))
+        if query.resource and most < len(items):
+            del items[most:]
+            self[query.resource].next = items[-1].position
+        for row, item in zip(items, load(items), strict=True):
             self[row.resource][row.id] = item
+            self._before[row.resource, row.id] = row
 
     def counter(self, resource: str) -> dict[str, int]:
         """How many items there are; the last position given, and number in an id."""
@@ -775,27 +774,31 @@ class Data(dict[str, Any]):
     def clear(self) -> None:
         """Take away all that the user owns, read or not."""
         super().clear()
-        self._rows.clear()
+        self._before.clear()
         self.is_cleared = True
 
-    def changes(self) -> tuple[str, list[Row]]:
-        """The document, "" if it is as it was, and the rows that the block changed."""
-        changed, gone = [], {(row.resource, row.id): row for row in self._rows}
+    def changes(self) -> list[Row]:
+        """The rows that the block changed; those without text are gone."""
+        changed, before = [], self._before.copy()
         for resource in [name for name in self if name not in PARTS]:
             for id, item in self[resource].items():
-                row, text = gone.pop((resource, id), None), to_json(dict(item))
-                if row is None:
-                    counter = self.counter(resource)
-                    counter["count"] += 1
-                    counter["position"] += 1
-                    row = Row(resource, counter["position"], id, "")
+                row = before.pop((resource, id), None) or self._new_row(resource, id)
+                text = to_json(item)
                 if text != row.text:
                     changed.append(row._replace(text=text))
-        for row in gone.values():
+        for row in before.values():
             self.counter(row.resource)["count"] -= 1
             changed.append(row._replace(text=""))
-        document = to_json({part: self[part] for part in PARTS})
-        return "" if document == self._document else document, changed
+        text = to_json({part: self[part] for part in PARTS})
+        if text != self._document.text:
+            changed.append(NO_DOCUMENT._replace(text=text))
+        return changed
+
+    def _new_row(self, resource: str, id: str) -> Row:
+        counter = self.counter(resource)
+        counter["count"] += 1
+        counter["position"] += 1
+        return Row(resource, counter["position"], id, "")
 
     def __enter__(self) -> Data:
         return self
@@ -808,11 +811,9 @@ def load(rows: list[Row]) -> list[dict[str, Any]]:
     """The objects in rows, read at once; 503 if somebody else has spoilt one."""
     try:
         values = json.loads(f"[{','.join([row.text for row in rows])}]")
-    except ValueError:
-        values = [None]
-    if len(values) != len(rows) or not {type(value) for value in values} <= {dict}:
-        raise store_down("a row holds no JSON object")
-    return list(values)
+        return [{**value} for value in values]
+    except (ValueError, TypeError):
+        raise store_down("a row holds no JSON object") from None
 
 
 def store_down(reason: object) -> http.ServiceUnavailable:
@@ -825,15 +826,12 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self._documents: dict[str, Row] = {}
-        self._rows: dict[str, dict[str, dict[str, Row]]] = {}  # by owner and resource
+        self._items: dict[str, dict[str, dict[str, Row]]] = {}  # by owner and resource
         self._lock = threading.RLock()
 
     def read(self, owner: str, query: Query = EVERYTHING) -> Data:
         """A snapshot of what the owner has."""
-        select = partial(self._select, owner)
-        with self._lock:
-            document = self._documents.get(owner, NO_DOCUMENT)
-            return Data([document, *select(query)], query, select)
+        return Data(query, partial(self._select, owner))
 
     @contextmanager
     def write(self, owner: str, query: Query = EVERYTHING) -> Iterator[Data]:
@@ -844,34 +842,33 @@ class MemoryStore:
         with self._lock:
             data = self.read(owner, query)
             yield data
-            document, rows = data.changes()
             if data.is_cleared:
-                self._rows.pop(owner, None)
-            if document:
-                self._documents[owner] = NO_DOCUMENT._replace(text=document)
-            for row in rows:
-                items = self._rows.setdefault(owner, {}).setdefault(row.resource, {})
+                self._items.pop(owner, None)
+            for row in data.changes():
+                if not row.resource:
+                    self._documents[owner] = row
+                    continue
+                items = self._items.setdefault(owner, {}).setdefault(row.resource, {})
                 items[row.id] = row
                 if not row.text:
                     del items[row.id]
 
     def _select(self, owner: str, query: Query) -> list[Row]:
-        resources = self._rows.get(owner, {})
-        items = resources.get(query.resource, {})
-        rows: Iterable[Row] = ()
-        if query.id:
-            rows = [items[query.id]] if query.id in items else ()
-        elif query.resource:
-            rest = (row for row in items.values() if row.position > query.after)
-            rows = islice(rest, query.limit + 1)
-        elif query.limit:
-            rows = (row for items in resources.values() for row in items.values())
-        return list(rows)
+        with self._lock:
+            resources = self._items.get(owner, {})
+            items = resources.get(query.resource, {})
+            if query.id:
+                rows: Iterable[Row] = [items[query.id]] if query.id in items else []
+            elif query.resource:
+                rows = (row for row in items.values() if row.position > query.after)
+            else:
+                rows = chain(*(items.values() for items in resources.values()))
+            document = self._documents.get(owner, NO_DOCUMENT)
+            return [document, *islice(rows, query.limit and query.limit + 1)]
 
 
 DOCUMENT = "SELECT '', 0, '', document FROM users WHERE name = :owner"
 ITEMS = "SELECT resource, position, id, value FROM items WHERE owner = :owner"
-IN_ORDER = " ORDER BY 1, 2"
 ITEM = f"{ITEMS} AND resource = :resource AND id = :id"
 PAGE_OF_ITEMS = (  # up to the item after that which goes past the size
     "SELECT resource, position, id, value FROM (SELECT *, sum(length(value)) OVER"
@@ -887,9 +884,9 @@ TABLES = (
     " PRIMARY KEY (owner, resource, position), UNIQUE (owner, resource, id))",
 )
 CLAIM = (
-    "INSERT INTO users (name, document) VALUES (:owner, :empty) ON CONFLICT DO NOTHING"
+    "INSERT INTO users (name, document) VALUES (:owner, :text) ON CONFLICT DO NOTHING"
 )
-KEEP = "UPDATE users SET document = :document WHERE name = :owner"
+KEEP = "UPDATE users SET document = :text WHERE name = :owner"
 PUT = (
     "INSERT INTO items (owner, resource, position, id, value)"
     " VALUES (:owner, :resource, :position, :id, :text)"
@@ -897,49 +894,35 @@ PUT = (
 )
 DELETE = "DELETE FROM items WHERE owner = :owner AND resource = :resource AND id = :id"
 CLEAR = "DELETE FROM items WHERE owner = :owner"
+CONNECTIONS = 15  # of a process
 
 Statement = tuple[str, Mapping[str, Any]]
 
 
-def select_items(owner: str, query: Query) -> Statement:
-    # One item is not put in order: PostgreSQL would look for it along the positions.
-    several = PAGE_OF_ITEMS if query.resource else ITEMS
-    sql = ITEM if query.id else several + IN_ORDER
+def select_rows(owner: str, query: Query) -> Statement:
+    """One statement, so that all it finds is of one moment."""
+    items = ITEM if query.id else PAGE_OF_ITEMS if query.resource else ITEMS
+    sql = f"{DOCUMENT} UNION ALL {items} ORDER BY 1, 2" if query.limit else DOCUMENT
     return sql, {"owner": owner, **query._asdict()}
 
 
-class SQLiteStore:
-    """The same in two tables of a file: several processes, one machine.
+class SQLStore:
+    """The same in two tables of a database; connections are kept for their next use."""
 
-    A process has up to 15 connections, and keeps them for their next use. Raises
-    ValueError for a file whose folder is not there.
-    """
+    begin: tuple[str, ...]  # a transaction that holds the owner's row
+    errors: type[Exception]
 
-    # A transaction that holds the owner's row, and reads it.
-    begin: tuple[str, ...] = ("BEGIN IMMEDIATE", DOCUMENT)
-    errors: type[Exception] = sqlite3.Error
-
-    def __init__(self, path: str) -> None:
-        self._path, self._was_there = path, False
+    def __init__(self) -> None:
         self._pools: dict[Any, tuple[list[Any], threading.Semaphore]] = {}
-        if not Path(path).resolve().parent.is_dir():
-            raise ValueError(
-                f"SERVICE_STORE_URL must name a folder that is there: {path}"
-            )
 
     def read(self, owner: str, query: Query = EVERYTHING) -> Data:
         """A snapshot of what the owner has."""
 
         def select(query: Query) -> list[Row]:
             with self._connection() as connection:
-                return self.run(connection, [select_items(owner, query)])
+                return self.run(connection, [select_rows(owner, query)])
 
-        sql, values = select_items(owner, query)
-        both = f"{DOCUMENT} UNION ALL {sql.removesuffix(IN_ORDER)}{IN_ORDER}"
-        both = both if query.limit else DOCUMENT
-        with self._connection() as connection:  # one statement, so of one moment
-            rows = self.run(connection, [(both, values)])
-        return Data(rows, query, select)
+        return Data(query, select)
 
     @contextmanager
     def write(self, owner: str, query: Query = EVERYTHING) -> Iterator[Data]:
@@ -947,26 +930,25 @@ class SQLiteStore:
 
         No block is opened inside of a block.
         """
-        mine = {"owner": owner, "empty": EMPTY}
-        begin: list[Statement] = [(sql, mine) for sql in self.begin]
+        new = NO_DOCUMENT._asdict() | {"owner": owner}
+        begin: list[Statement] = [(sql, new) for sql in self.begin]
         with self._connection() as connection:
 
             def select(query: Query) -> list[Row]:
-                return self.run(connection, [select_items(owner, query)])
+                statements = [*begin, select_rows(owner, query)]
+                begin.clear()
+                rows = self.run(connection, statements)
+                if not rows:
+                    rows = self.run(connection, [(CLAIM, new), *statements[1:]])
+                return rows
 
             try:
-                items = [select_items(owner, query)] if query.limit else []
-                rows = self.run(connection, begin + items)
-                if not rows or rows[0].resource:  # a new owner, as it began
-                    rows = self.run(connection, [(CLAIM, mine), *begin[1:], *items])
-                data = Data(rows, query, select)
+                data = Data(query, select)
                 yield data
-                document, changed = data.changes()
-                end: list[Statement] = [(CLEAR, mine)] if data.is_cleared else []
-                for row in changed:
-                    end.append((PUT if row.text else DELETE, mine | row._asdict()))
-                if document:
-                    end.append((KEEP, mine | {"document": document}))
+                end: list[Statement] = [(CLEAR, new)] if data.is_cleared else []
+                for row in data.changes():
+                    sql = KEEP if not row.resource else PUT if row.text else DELETE
+                    end.append((sql, new | row._asdict()))
                 self.run(connection, [*end, ("COMMIT" if end else "ROLLBACK", {})])
             except BaseException:
                 connection.rollback()
@@ -974,7 +956,8 @@ class SQLiteStore:
 
     @contextmanager
     def _connection(self) -> Iterator[Any]:
-        idle, room = self._pools.setdefault(self.pool(), ([], threading.Semaphore(15)))
+        new = ([], threading.Semaphore(CONNECTIONS))
+        idle, room = self._pools.setdefault(self.pool(), new)
         if not room.acquire(timeout=2):
             raise store_down("all connections are in use")
         connection = None
@@ -983,7 +966,8 @@ class SQLiteStore:
             yield connection
         except self.errors as error:
             if connection:
-                connection = connection.close()
+                connection.close()
+                connection = None
             raise store_down(error) from error
         finally:
             if connection:
@@ -1000,7 +984,38 @@ class SQLiteStore:
         return self.connect()
 
     def pool(self) -> Any:
-        """What a connection is good for: this process, the file that is there now."""
+        """What a connection is good for: it never crosses a fork."""
+        return os.getpid()
+
+    def connect(self) -> Any:
+        raise NotImplementedError
+
+    def is_alive(self, connection: Any) -> bool:
+        return True
+
+    def run(self, connection: Any, statements: list[Statement]) -> list[Row]:
+        """Run the statements; the rows that the last one finds."""
+        cursors = [connection.execute(*each) for each in statements]
+        return [Row(*row) for row in cursors[-1]]
+
+
+class SQLiteStore(SQLStore):
+    """In a file: several processes, one machine.
+
+    Raises ValueError for a file whose folder is not there.
+    """
+
+    begin, errors = ("BEGIN IMMEDIATE",), sqlite3.Error
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self._path, self._was_there = path, False
+        if not Path(path).resolve().parent.is_dir():
+            right = "must name a file in a folder that is there"
+            raise ValueError(f"SERVICE_STORE_URL {right}, not {path}")
+
+    def pool(self) -> Any:
+        """A connection is good for this process, and the file that is there now."""
         try:
             if not self._was_there:
                 os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
@@ -1019,7 +1034,7 @@ class SQLiteStore:
             isolation_level=None,
             check_same_thread=False,
         )
-        for _ in range(100):  # whoever turns it to WAL locks it, and no timeout waits
+        for _ in range(100):  # while another process turns it to WAL, no timeout waits
             with suppress(sqlite3.OperationalError):
                 connection.execute("PRAGMA journal_mode = WAL")
                 break
@@ -1028,17 +1043,9 @@ class SQLiteStore:
             connection.execute(sql)
         return connection
 
-    def is_alive(self, connection: Any) -> bool:
-        return True
 
-    def run(self, connection: Any, statements: list[Statement]) -> list[Row]:
-        """Run the statements, and give all rows that they find."""
-        cursors = [connection.execute(*each) for each in statements]
-        return [Row(*row) for cursor in cursors for row in cursor]
-
-
-class PostgresStore(SQLiteStore):
-    """The same in PostgreSQL, for several machines; what differs from SQLite.
+class PostgresStore(SQLStore):
+    """In PostgreSQL, by psycopg 3: several machines.
 
     Raises ValueError for a URL or a database that cannot be used; one that is down now
     may come up.
@@ -1047,12 +1054,13 @@ class PostgresStore(SQLiteStore):
     begin = ("BEGIN", f"{DOCUMENT} FOR UPDATE")
 
     def __init__(self, url: str) -> None:
+        super().__init__()
         try:
             import psycopg
         except ImportError:
             right = "pip install 'psycopg[binary]'"
             raise ValueError(f"SERVICE_STORE_URL needs psycopg: {right}") from None
-        self.errors, self._pools = psycopg.Error, {}
+        self.errors = psycopg.Error
         try:
             self._options = PATIENCE | psycopg.conninfo.conninfo_to_dict(url)
             if "@" in str(self._options.get("host")):  # which a password left there
@@ -1064,9 +1072,6 @@ class PostgresStore(SQLiteStore):
             right = "a PostgreSQL database in UTF8 that has the tables, or may get them"
             raise ValueError(f"SERVICE_STORE_URL must name {right}") from None
 
-    def pool(self) -> Any:
-        return os.getpid()
-
     def connect(self) -> Any:
         import psycopg
 
@@ -1075,7 +1080,7 @@ class PostgresStore(SQLiteStore):
             pid, encoding, has_tables = connection.execute(SET_UP).fetchone()[:3]
             if encoding != "UTF8":
                 raise psycopg.NotSupportedError(f"the database is in {encoding}")
-            if pid != connection.info.backend_pid:
+            if pid != connection.info.backend_pid:  # behind a transaction pooler
                 connection.prepare_threshold = None
             for sql in () if has_tables else TABLES:
                 connection.execute(sql)
@@ -1091,11 +1096,10 @@ class PostgresStore(SQLiteStore):
             return not selector.select(timeout=0)
 
     def run(self, connection: Any, statements: list[Statement]) -> list[Row]:
-        """Run the statements in one round trip, and give all rows that they find."""
+        """The same in one round trip."""
         with connection.pipeline() if statements[1:] else nullcontext():
             cursors = [connection.execute(named(sql), each) for sql, each in statements]
-        found = [cursor for cursor in cursors if cursor.description]
-        return [Row(*row) for cursor in found for row in cursor]
+        return [Row(*row) for row in cursors[-1]] if cursors[-1].description else []
 
 
 PATIENCE: dict[str, Any] = {
@@ -1117,7 +1121,7 @@ def named(sql: str) -> str:
     return re.sub(r":(\w+)", r"%(\1)s", sql)
 
 
-def open_store(url: str) -> MemoryStore | SQLiteStore:
+def open_store(url: str) -> MemoryStore | SQLStore:
     """The store that a URL names: memory:, sqlite:///FILE or postgresql://…."""
     if url == "memory:":
         return MemoryStore()
@@ -1452,16 +1456,16 @@ class Request(werkzeug.Request):
     def stream(self) -> BytesIO:
         """The body in memory: all of it, or 413, chunked or not."""
         limit, length = self.app.settings.max_body, self.content_length or 0
-        is_endless = bool(self.environ.get("wsgi.input_terminated"))
         too_large = http.RequestEntityTooLarge(f"A body may have {limit:,} bytes")
         if length > limit:
             raise too_large  # without waiting for it
         if self.headers.get("Content-Encoding", "").lower() not in ("", "identity"):
             raise http.UnsupportedMediaType("Send the body without Content-Encoding")
+        is_endless = bool(self.environ.get("wsgi.input_terminated"))
         if "Transfer-Encoding" in self.headers and not is_endless:
             raise http.LengthRequired("Send the body with a Content-Length")
-        source, body = self.environ["wsgi.input"], b""
         wanted = limit + 1 if is_endless and self.content_length is None else length
+        source, body = self.environ["wsgi.input"], b""
         try:
             while len(body) < wanted and (part := source.read(wanted - len(body))):
                 body += part
@@ -1474,33 +1478,26 @@ class Request(werkzeug.Request):
         return BytesIO(body)
 
     def parse(self, parser: RequestParser, partial: bool = False) -> Namespace:
-        """What the parser finds; 401 before all else once the session has ended."""
-        try:
-            return self._parse(parser, partial)
-        except http.HTTPException:
-            if not self.route.is_open:
-                self.read(NO_ITEMS)
-            raise
+        """What the parser finds in the body or the query string.
 
-    def _parse(self, parser: RequestParser, is_partial: bool) -> Namespace:
-        body, kind = self.get_data(), self.mimetype
-        is_known = self.is_json and kind != "application/json-patch+json"
-        if body and not is_known and kind not in FORMS:
-            raise http.UnsupportedMediaType(f"Send {' or '.join(BODIES)}")
+        A body that holds something, but nothing that the parser reads, is refused.
+        """
+        body, kind, parts = self.get_data(), self.mimetype, Parts(self)
         if kind in FORMS and body.lstrip().startswith((b"{", b"[")):
             hint = "The body looks like JSON: send Content-Type: application/json"
             raise http.BadRequest(hint)
-        part = cache(partial(read, self))
-        values = parser.parse(part, partial=is_partial)
-        places = {"json"} if self.is_json else {"form", "files"}
-        wanted = [
-            (place, each.name)
-            for each in parser.args
-            for place in places & {*each.places}
-        ]
-        is_empty = not body or (self.is_json and not part("json"))
-        is_read = any(name in part(place) for place, name in wanted)
-        if wanted and not (is_empty or is_read):
+        is_known = self.is_json and kind != "application/json-patch+json"
+        if body and not is_known and kind not in FORMS:
+            raise http.UnsupportedMediaType(f"Send {' or '.join(BODIES)}")
+        values = parser.clean(parts, partial=partial)
+        wanted = [(place, each.name) for each in parser.args for place in each.places]
+        in_body = [(place, name) for place, name in wanted if place != "args"]
+        is_empty = not body or (self.is_json and not parts["json"])
+        if (
+            in_body
+            and not is_empty
+            and not any(n in parts[place] for place, n in in_body)
+        ):
             names = ", ".join(each.name for each in parser.args)
             raise http.BadRequest(f"The body holds none of {names}")
         return values
@@ -1886,10 +1883,10 @@ def issue_token(request: Request) -> Response:
 
 def parse_once(request: Request, parser: RequestParser) -> Namespace:
     """Arguments that stand once each, in the body: URLs are logged (RFC 6749 §3.2)."""
-    in_url = [each.name for each in parser.args if each.name in read(request, "args")]
+    in_url = [each.name for each in parser.args if each.name in Parts(request)["args"]]
     if in_url:
         raise Refusal(message=f"{in_url[0]} must be in the body, not in the URL")
-    form = read(request, "form")
+    form = Parts(request)["form"]
     twice = [name for name in form if len(form.getlist(name)) > 1]
     if twice:
         raise Refusal(message=f"{twice[0]} must be sent once")
@@ -2232,7 +2229,7 @@ def schema_of(example: Any) -> dict[str, Any]:
         return {"type": "object", "properties": properties, "examples": [example]}
     if isinstance(example, list):
         return {"type": "array", "items": schema_of(example[0] if example else None)}
-    return KINDS[type(example)][0] if type(example) in KINDS else {}
+    return STRICT[type(example)].__schema__ if type(example) in STRICT else {}
 
 
 def object_schema(parser: RequestParser, is_partial: bool = False) -> dict[str, Any]:
@@ -2509,7 +2506,7 @@ def run_command(app: App, command: str, name: str, roles: list[str]) -> None:
 
 def typed_password(name: str) -> str:
     typed = getpass() if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
-    given = SIGN_UP.parse(in_json({"username": name, "password": typed}))
+    given = SIGN_UP.clean(in_json({"username": name, "password": typed}))
     refuse_name(**given)
     return str(given.password)
 
