@@ -32,7 +32,8 @@ import sys
 import threading
 import time
 import unicodedata
-from collections import Counter, defaultdict
+from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
@@ -43,7 +44,7 @@ from functools import cache, lru_cache, partial
 from getpass import getpass
 from importlib.util import find_spec
 from io import BytesIO
-from itertools import accumulate, chain, islice
+from itertools import accumulate, chain, dropwhile, islice
 from pathlib import Path
 from selectors import EVENT_READ, DefaultSelector
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -195,9 +196,13 @@ class Refusal(http.BadRequest):
 class InvalidToken(http.Unauthorized):
     """A token that proves nothing."""
 
+    oauth_error = "invalid_grant"
+
 
 class WrongPassword(Refusal):
     """400 for somebody who is logged in, invalid_grant for somebody who logs in."""
+
+    oauth_error = "invalid_grant"
 
 
 # ---- Arguments ---------------------------------------------------------------------
@@ -358,7 +363,7 @@ class Argument:
         self, parts: Mapping[str, Any], trim: bool = False, partial: bool = False
     ) -> Any:
         """The value, or the list of values, or MISSING; ValueError for the sender."""
-        place = next((each for each in self.places if self.name in parts[each]), None)
+        place = self.place_in(parts)
         if place is None:
             if self.required and not partial:
                 places = [words for key, words in PLACES.items() if key in self.places]
@@ -377,6 +382,10 @@ class Argument:
             values = [word for text in values if text for word in text.split(",")]
         return [self.convert(value, trim) for value in values]
 
+    def place_in(self, parts: Mapping[str, Any]) -> str | None:
+        """The first place that holds the name."""
+        return next((place for place in self.places if self.name in parts[place]), None)
+
     def make_default(self) -> Any:
         """The default, never the same list twice."""
         return self.default() if callable(self.default) else copy.deepcopy(self.default)
@@ -387,8 +396,7 @@ class Argument:
             if not self.nullable:
                 raise ValueError("Must not be null!")
             return None
-        if trim and isinstance(value, str):
-            value = value.strip()
+        value = value.strip() if trim and isinstance(value, str) else value
         try:
             value = self.type(self.lowered(value))
             if self.is_kept:
@@ -742,8 +750,7 @@ class Data(dict[str, Any]):
 
     def __init__(self, query: Query, select: Select) -> None:
         super().__init__()
-        self._select, self._before = select, dict[tuple[str, str], Row]()
-        self.is_cleared = False
+        self._select, self._rows, self.is_cleared = select, list[Row](), False
         self.fetch(query)
 
     def __missing__(self, name: str) -> Page:
@@ -756,14 +763,14 @@ class Data(dict[str, Any]):
         if not self:
             self.update(load([document])[0])
             self._document = document
-        sizes = accumulate(len(row.text) for row in items)
-        most = min(query.limit, 1 + sum(size < PAGE_SIZE for size in sizes))
+        sizes = accumulate([len(row.text) for row in items])
+        most = min(query.limit, 1 + bisect_left([*sizes], PAGE_SIZE))
         if query.resource and most < len(items):
             del items[most:]
             self[query.resource].next = items[-1].position
-        for row, item in zip(items, load(items), strict=True):
-            self[row.resource][row.id] = item
-            self._before[row.resource, row.id] = row
+        self._rows += items
+        for (resource, _, id, _), item in zip(items, load(items), strict=True):
+            self[resource][id] = item
 
     def counter(self, resource: str) -> dict[str, int]:
         """How many items there are; the last position given, and number in an id."""
@@ -774,12 +781,12 @@ class Data(dict[str, Any]):
     def clear(self) -> None:
         """Take away all that the user owns, read or not."""
         super().clear()
-        self._before.clear()
+        self._rows.clear()
         self.is_cleared = True
 
     def changes(self) -> list[Row]:
         """The rows that the block changed; those without text are gone."""
-        changed, before = [], self._before.copy()
+        changed, before = [], {(row.resource, row.id): row for row in self._rows}
         for resource in [name for name in self if name not in PARTS]:
             for id, item in self[resource].items():
                 row = before.pop((resource, id), None) or self._new_row(resource, id)
@@ -811,9 +818,11 @@ def load(rows: list[Row]) -> list[dict[str, Any]]:
     """The objects in rows, read at once; 503 if somebody else has spoilt one."""
     try:
         values = json.loads(f"[{','.join([row.text for row in rows])}]")
-        return [{**value} for value in values]
-    except (ValueError, TypeError):
-        raise store_down("a row holds no JSON object") from None
+    except ValueError:
+        values = [None]
+    if not {type(value) for value in values} <= {dict}:
+        raise store_down("a row holds no JSON object")
+    return list(values)
 
 
 def store_down(reason: object) -> http.ServiceUnavailable:
@@ -860,7 +869,8 @@ class MemoryStore:
             if query.id:
                 rows: Iterable[Row] = [items[query.id]] if query.id in items else []
             elif query.resource:
-                rows = (row for row in items.values() if row.position > query.after)
+                in_order = items.values()
+                rows = dropwhile(lambda row: row.position <= query.after, in_order)
             else:
                 rows = chain(*(items.values() for items in resources.values()))
             document = self._documents.get(owner, NO_DOCUMENT)
@@ -1137,11 +1147,11 @@ def open_store(url: str) -> MemoryStore | SQLStore:
 # PyJWT's business; time is checked here, by the one clock.
 
 ACCESS, REFRESH = "at+jwt", "rt+jwt"
+COMMON = {"iss": str, "sub": str, "sid": str, "exp": int}
 REQUIRED = {
-    ACCESS: ("iss", "sub", "sid", "exp", "aud", "iat", "jti"),
-    REFRESH: ("iss", "sub", "sid", "exp", "gen"),
+    ACCESS: COMMON | {"aud": list, "iat": int, "jti": str},
+    REFRESH: COMMON | {"gen": int},
 }
-KIND_OF_CLAIM = {"exp": int, "iat": int, "gen": int, "aud": list}  # all others are text
 OPTIONS: Any = {"verify_exp": False, "verify_iat": False, "verify_nbf": False}
 JWT = jwt.PyJWT(OPTIONS | {"enforce_minimum_key_length": True})
 THUMBPRINT = {  # of a key of each public algorithm: the members that RFC 7638 takes
@@ -1261,11 +1271,9 @@ class Tokens:
             raise InvalidToken(
                 "The token is malformed or was not signed here"
             ) from None
-        for name in REQUIRED[typ]:
-            if type(claims.get(name)) is not KIND_OF_CLAIM.get(name, str):
+        for name, kind in REQUIRED[typ].items():
+            if type(claims.get(name)) is not kind or claims[name] == "":
                 raise InvalidToken(f"The token has no {name} as it must be")
-        if not claims["sub"].isprintable() or not claims["sub"]:
-            raise InvalidToken("The token names nobody")
         return claims
 
 
@@ -1319,9 +1327,9 @@ def renew_session(data: Data, sid: str, gen: int, now: float, grace: int) -> boo
 # wait. Guessing is slowed down too: from the tenth wrong password on, a name waits,
 # longer each time.
 
-NO_HASH = (
-    "scrypt:32768:8:1$none$" + "0" * 128
-)  # of no password; as slow as any to check
+NO_HASH = "scrypt:32768:8:1$none$" + "0" * 128  # takes as long to check as any
+LONGEST_WAIT = 900  # seconds; a quiet time as long forgives what was wrong
+MOST_COUNTED = 20_000  # names and clients whose wrong passwords are remembered
 
 
 @dataclass(frozen=True)
@@ -1342,17 +1350,17 @@ class Passwords:
 
     def __init__(self, clock: Clock) -> None:
         self._clock, self._lock = clock, threading.Lock()
-        self._turns, self._inside = threading.Semaphore(2), Counter[str]()
-        self._wrong: dict[tuple[str, str], tuple[int, float, int]] = {}
+        self._room, self._turns = threading.Semaphore(18), threading.Semaphore(2)
+        self._wrong: dict[
+            tuple[str, str], tuple[int, float]
+        ] = {}  # number, end of wait
 
     @contextmanager
-    def _turn(self, client: str) -> Iterator[None]:
-        """503 at once if 16 wait already, or 8 from there; or after a wait of 5 s."""
+    def _turn(self) -> Iterator[None]:
+        """503 at once if 16 wait already, or after a wait of 5 s."""
         busy = http.ServiceUnavailable("Too many passwords to check", retry_after=5)
-        with self._lock:
-            if self._inside.total() >= 18 or self._inside[client] >= 9:
-                raise busy
-            self._inside[client] += 1
+        if not self._room.acquire(blocking=False):
+            raise busy
         try:
             if not self._turns.acquire(timeout=5):
                 raise busy
@@ -1361,12 +1369,11 @@ class Passwords:
             finally:
                 self._turns.release()
         finally:
-            with self._lock:
-                self._inside -= Counter([client])  # which forgets who has none
+            self._room.release()
 
-    def hash(self, password: str, address: str = "") -> str:
+    def hash(self, password: str) -> str:
         """A salted scrypt hash."""
-        with self._turn(network(address)):
+        with self._turn():
             return generate_password_hash(password)
 
     def match(self, hash: str | None, password: str, name: str, address: str) -> bool:
@@ -1378,7 +1385,7 @@ class Passwords:
         client = network(address)
         limits = {(client, name[:65]): 10, (client, ""): 100}
         self._refuse_guesses(limits, name, address)  # before any waiting
-        with self._turn(client):
+        with self._turn():
             self._refuse_guesses(limits, name, address)  # meanwhile others were wrong
             is_right = check_password_hash(hash or NO_HASH, password) and bool(hash)
             with self._lock:
@@ -1394,35 +1401,30 @@ class Passwords:
         self, keys: Iterable[tuple[str, str]], name: str, address: str
     ) -> None:
         for key in keys:
-            _, since, wait = self._wrong.get(key, (0, 0, 0))
-            left = math.ceil(since + wait - self._clock())
-            if 0 < left <= wait:  # if not, the clock was put back
+            _, until = self._wrong.get(key, (0, 0))
+            left = math.ceil(until - self._clock())
+            if 0 < left <= LONGEST_WAIT:  # if more, the clock was put back
                 log_event("throttled", name, address)
                 text = f"Too many wrong passwords: try again in {left} s"
                 raise http.TooManyRequests(text, retry_after=left)
 
     def _count(self, limits: dict[tuple[str, str], int]) -> None:
-        """From the limit on, each wrong password doubles the wait, 1 s to 15 min."""
+        """From the limit on, each wrong password doubles the wait, from 1 s."""
         now = self._clock()
         for key, limit in limits.items():
-            count, since, wait = self._wrong.pop(key, (0, now, 0))
-            count = count + 1 if now < since + wait + 900 else 1  # 15 quiet minutes
-            wait = min(2 ** min(count - limit, 10), 900) if count >= limit else 0
-            self._wrong[key] = (
-                count,
-                now,
-                wait,
-            )  # as the newest: a dict keeps the order
-        while len(self._wrong) > 20_000:
+            count, until = self._wrong.pop(key, (0, now))
+            count = count + 1 if now < until + LONGEST_WAIT else 1
+            wait = min(int(2 ** min(count - limit, 10)), LONGEST_WAIT)
+            self._wrong[key] = (count, now + wait)  # which puts it last
+        while len(self._wrong) > MOST_COUNTED:
             del self._wrong[next(iter(self._wrong))]
 
 
 def network(address: str) -> str:
     """What one client owns: an IPv4 address, or the /64 around an IPv6 address."""
-    port = re.fullmatch(
-        r"\[(.*)\](?::\d+)?|([\d.]+):\d+", address
-    )  # some proxies add it
-    address = port[1] or port[2] if port else address
+    address = re.sub(
+        r"^\[(.*)\].*|^(\d+\.[\d.]+):.*", r"\1\2", address
+    )  # without a port
     with suppress(ValueError):
         ip = ipaddress.IPv6Address(address)
         return str(ip.ipv4_mapped or ipaddress.ip_network((ip, 64), strict=False))
@@ -1446,9 +1448,9 @@ class Request(werkzeug.Request):
     """Werkzeug's request, with the app, its bearer and the data."""
 
     max_form_memory_size = None  # stream bounds the whole body
-    route: Route  # that it matches
+    is_open = True  # the route asks for no bearer
 
-    def __init__(self, environ: WSGIEnvironment, app: App) -> None:
+    def __init__(self, environ: WSGIEnvironment, app: Any) -> None:
         super().__init__(environ, populate_request=False)
         self.app = app
 
@@ -1456,12 +1458,12 @@ class Request(werkzeug.Request):
     def stream(self) -> BytesIO:
         """The body in memory: all of it, or 413, chunked or not."""
         limit, length = self.app.settings.max_body, self.content_length or 0
+        is_endless = bool(self.environ.get("wsgi.input_terminated"))
         too_large = http.RequestEntityTooLarge(f"A body may have {limit:,} bytes")
         if length > limit:
             raise too_large  # without waiting for it
         if self.headers.get("Content-Encoding", "").lower() not in ("", "identity"):
             raise http.UnsupportedMediaType("Send the body without Content-Encoding")
-        is_endless = bool(self.environ.get("wsgi.input_terminated"))
         if "Transfer-Encoding" in self.headers and not is_endless:
             raise http.LengthRequired("Send the body with a Content-Length")
         wanted = limit + 1 if is_endless and self.content_length is None else length
@@ -1477,27 +1479,32 @@ class Request(werkzeug.Request):
             raise http.BadRequest("The body ends before its Content-Length")
         return BytesIO(body)
 
-    def parse(self, parser: RequestParser, partial: bool = False) -> Namespace:
-        """What the parser finds in the body or the query string.
+    def _get_file_stream(self, *_: Any, **__: Any) -> BytesIO:
+        return BytesIO()  # as the body is in memory: nothing has to be closed
 
-        A body that holds something, but nothing that the parser reads, is refused.
-        """
+    def parse(self, parser: RequestParser, partial: bool = False) -> Namespace:
+        """What the parser finds; 401 before all else once the session has ended."""
+        try:
+            return self._parse(parser, partial)
+        except http.HTTPException:
+            if not self.is_open:
+                self.read(NO_ITEMS)
+            raise
+
+    def _parse(self, parser: RequestParser, is_partial: bool) -> Namespace:
         body, kind, parts = self.get_data(), self.mimetype, Parts(self)
-        if kind in FORMS and body.lstrip().startswith((b"{", b"[")):
-            hint = "The body looks like JSON: send Content-Type: application/json"
-            raise http.BadRequest(hint)
         is_known = self.is_json and kind != "application/json-patch+json"
         if body and not is_known and kind not in FORMS:
             raise http.UnsupportedMediaType(f"Send {' or '.join(BODIES)}")
-        values = parser.clean(parts, partial=partial)
-        wanted = [(place, each.name) for each in parser.args for place in each.places]
-        in_body = [(place, name) for place, name in wanted if place != "args"]
+        if kind in FORMS and body.lstrip().startswith((b"{", b"[")):
+            hint = "The body looks like JSON: send Content-Type: application/json"
+            raise http.BadRequest(hint)
+        values = parser.clean(parts, partial=is_partial)
         is_empty = not body or (self.is_json and not parts["json"])
-        if (
-            in_body
-            and not is_empty
-            and not any(n in parts[place] for place, n in in_body)
-        ):
+        found = [
+            each.place_in(parts) for each in parser.args if each.places != ["args"]
+        ]
+        if found and not any(found) and not is_empty:
             names = ", ".join(each.name for each in parser.args)
             raise http.BadRequest(f"The body holds none of {names}")
         return values
@@ -1507,7 +1514,7 @@ class Request(werkzeug.Request):
         """The claims of the bearer's access token (RFC 6750 §2.1); 401 without one."""
         return self.app.tokens.verify(ACCESS, bearer_token(self.environ))
 
-    def require_bearer(self) -> Claims:
+    def authenticate(self) -> Claims:
         """401 without a good token; its session is looked up with the data."""
         return self.claims
 
@@ -1549,6 +1556,7 @@ class Request(werkzeug.Request):
 
 
 def roles_of(data: Data) -> list[str]:
+    """As the account has them now: those in the token may be older."""
     return list(data["account"].get("roles", []))
 
 
@@ -1562,6 +1570,8 @@ def bearer_token(environ: WSGIEnvironment) -> str:
 class Answer(Response):
     """A response that sends its headers as they are: Werkzeug looks them all over."""
 
+    default_mimetype = None
+
     def __call__(
         self, environ: WSGIEnvironment, start_response: StartResponse
     ) -> Iterable[bytes]:
@@ -1573,10 +1583,8 @@ def answer(body: Any = None, status: int = 200, **headers: str) -> Response:
     """A line of JSON, without it for 204 and 304; Cache_Control is Cache-Control."""
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     if status in (204, 304):
-        response = Answer(b"", status, named)
-        del response.headers["Content-Type"], response.headers["Content-Length"]
-        return response
-    return Answer(line(body), status, named | {"Content-Type": "application/json"})
+        return Answer(None, status, named)
+    return Answer(line(body), status, {"Content-Type": "application/json"} | named)
 
 
 def line(body: Any) -> bytes:
@@ -1584,24 +1592,26 @@ def line(body: Any) -> bytes:
 
 
 def tag_of(data: bytes) -> str:
-    """The strong entity tag of a representation, without its quotes."""
-    return hashlib.sha256(data).hexdigest()[:32]
+    """The strong entity tag of a representation."""
+    return f'"{hashlib.sha256(data).hexdigest()[:32]}"'
 
 
 def tagged(body: Any, status: int = 200, **headers: str) -> Response:
     """An answer with its ETag."""
     response = answer(body, status, **headers)
-    response.set_etag(tag_of(response.get_data()))
+    response.headers["ETag"] = tag_of(response.get_data())
     return response
 
 
 def conditional(request: Request, body: Any, **headers: str) -> Response:
     """An answer with its ETag; 304 if the client has it already."""
-    response = tagged(body, 200, **headers)
+    response = tagged(body, **headers)
     if check_preconditions(request, body):
-        headers["ETag"] = response.headers["ETag"]
-        return answer(None, 304, **headers)
+        return answer(None, 304, ETag=response.headers["ETag"], **headers)
     return response
+
+
+ENTITY_TAGS = r'\*|(W/)?"[!#-~]*"( *, *(W/)?"[!#-~]*")*'
 
 
 def check_preconditions(request: Request, there: Any) -> bool:
@@ -1611,39 +1621,39 @@ def check_preconditions(request: Request, there: Any) -> bool:
     """
     match = request.environ.get("HTTP_IF_MATCH")
     none_match = request.environ.get("HTTP_IF_NONE_MATCH")
-    if not (match or none_match):
-        return False
     for header in (match, none_match):
         if header and not re.fullmatch(ENTITY_TAGS, header):
             right = "* or quoted entity tags with commas between"
             raise http.BadRequest(f"If-Match and If-None-Match take {right}")
+    if not (match or none_match):
+        return False
     tag = tag_of(line(there))
     is_there = there is not None
-    if match and not (is_there and request.if_match.contains(tag)):
+    if match and not (is_there and (match == "*" or re.search(f"(?<!W/){tag}", match))):
         raise http.PreconditionFailed("If-Match does not name what is there now")
-    is_known = is_there and request.if_none_match.contains_weak(tag)
+    is_known = (
+        bool(none_match) and is_there and (none_match == "*" or tag in none_match)
+    )
     if is_known and request.method not in ("GET", "HEAD"):
         raise http.PreconditionFailed("If-None-Match names what is there now")
     return is_known
 
 
-ENTITY_TAGS = r'\*|(W/)?"[!#-~]*"( *, *(W/)?"[!#-~]*")*'
-
-
-def error_answer(error: http.HTTPException, oauth: bool = False) -> Response:
-    """What an error is answered with; if oauth, as RFC 6749 §5.2 says it."""
+def error_answer(error: http.HTTPException, is_oauth: bool = False) -> Response:
+    """What an error is answered with; if is_oauth, as RFC 6749 §5.2 says it."""
     if isinstance(error.response, Response):  # an embedder's abort(Response(…))
         return error.response
     status, text = error.code or 500, error.description or ""
     body = getattr(error, "data", {"message": text})
+    text = re.sub(r"[^ !#-\[\]-~]", "?", text)  # what the next two may hold
     headers = dict(error.get_headers())
     del headers["Content-Type"]
-    if isinstance(error, http.MethodNotAllowed):
-        headers["Allow"] = allowed(error.valid_methods or ())
-    text = re.sub(r"[^ !#-\[\]-~]", "?", text)  # all that these two may hold
-    if oauth:
+    if is_oauth:
         if "error" not in body:
-            body = {"error": oauth_error(error), "error_description": text}
+            is_busy = status in (429, 503)
+            code = "temporarily_unavailable" if is_busy else "invalid_request"
+            code = getattr(error, "oauth_error", code)
+            body = {"error": code, "error_description": text}
         headers["Cache-Control"] = "no-store"
         status = 400 if status == 401 else status
     elif status == 401:
@@ -1656,29 +1666,20 @@ def error_answer(error: http.HTTPException, oauth: bool = False) -> Response:
     return response
 
 
-def allowed(methods: Iterable[str]) -> str:
-    return ", ".join(sorted({*methods, "OPTIONS"}))
-
-
-def oauth_error(error: http.HTTPException) -> str:
-    if isinstance(error, InvalidToken | WrongPassword):
-        return "invalid_grant"
-    return "temporarily_unavailable" if error.code in (429, 503) else "invalid_request"
-
-
 def add_cors(response: Response, environ: WSGIEnvironment, origins: list[str]) -> None:
     """Let the pages of these origins use the service; never with credentials."""
     origin = "*" if "*" in origins else environ.get("HTTP_ORIGIN", "")
-    if origins and "*" not in origins:
+    if origins and origin != "*":
         response.vary.add("Origin")
-    if origin in origins:
-        response.headers["Access-Control-Allow-Origin"] = origin
-        response.headers["Access-Control-Expose-Headers"] = EXPOSED
-        if is_preflight(environ):
-            asked = environ.get("HTTP_ACCESS_CONTROL_REQUEST_HEADERS", "")
-            response.headers["Access-Control-Allow-Headers"] = asked
-            response.headers["Access-Control-Allow-Methods"] = METHODS
-            response.headers["Access-Control-Max-Age"] = "600"
+    if origin not in origins:
+        return
+    response.headers["Access-Control-Allow-Origin"] = origin
+    response.headers["Access-Control-Expose-Headers"] = EXPOSED
+    if is_preflight(environ):
+        asked = environ.get("HTTP_ACCESS_CONTROL_REQUEST_HEADERS", "")
+        response.headers["Access-Control-Allow-Headers"] = asked
+        response.headers["Access-Control-Allow-Methods"] = METHODS
+        response.headers["Access-Control-Max-Age"] = "600"
 
 
 EXPOSED = "ETag, Link, Location, Retry-After, WWW-Authenticate"
@@ -1752,7 +1753,7 @@ def create_user(request: Request) -> Response:
         raise http.Forbidden("Sign-up is closed: ask the operator for an account")
     given = request.parse(SIGN_UP)
     refuse_name(given.username, given.password)
-    hash = request.app.passwords.hash(given.password, request.remote_addr or "")
+    hash = request.app.passwords.hash(given.password)
     add_account(request.app, given.username, hash)
     request.log("sign-up", given.username)
     return answer({"username": given.username}, 201)
@@ -1785,7 +1786,7 @@ def change_password(request: Request) -> Response:
     given = request.parse(CHANGE)
     account = check_password(request, request.user, given.password)
     refuse_name(request.user, given.new_password, "new_password")
-    hash = request.app.passwords.hash(given.new_password, request.remote_addr or "")
+    hash = request.app.passwords.hash(given.new_password)
     with request.write(NO_ITEMS) as data:
         refuse_change(data, account)
         data["account"]["hash"] = hash
@@ -2118,9 +2119,9 @@ OUR_ROUTES = [
 VARIABLE = re.compile(r"<(?:[^<>:]+:)?([^<>]+)>")
 TEXT = {"type": "string"}
 TAGS = TEXT | {"pattern": f"^({ENTITY_TAGS})?$"}
-MESSAGE = {"type": ["string", "object"]}
-MESSAGES = {"message": MESSAGE, "error": TEXT, "error_description": TEXT}
-ERROR = {"type": "object", "properties": MESSAGES}
+MESSAGE = {"message": {"type": ["string", "object"]}}
+OAUTH = {"error": TEXT, "error_description": TEXT}
+ERROR = {"type": "object", "properties": MESSAGE | OAUTH}
 DOCS = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="docs/favicon-32x32.png">
@@ -2136,26 +2137,24 @@ POLICY = (
 
 def read_openapi(request: Request) -> Response:
     """This description"""
-    app = request.app
-    schemas = {camel(each.item): object_schema(each.parser) for each in app.resources}
+    app, prefix = request.app, request.prefix
     paths = defaultdict[str, dict[str, Any]](dict)
     for route in app.routes:
+        method, path = VARIABLE.sub(r"{\1}", route.rule).split()
         if route.view not in (read_openapi, read_docs):
-            method, path = VARIABLE.sub(r"{\1}", route.rule).split()
             paths[path][method.lower()] = operation(route)
-    flows = {"password": {"tokenUrl": f"{request.prefix}/token", "scopes": {}}}
-    schemes = {
-        "login": {"type": "oauth2", "flows": flows},
-        "bearer": {"type": "http", "scheme": "bearer"},
+    schemas = {
+        camel(each.item): body_schema(each.parser.args) for each in app.resources
     }
+    login = {"password": {"tokenUrl": f"{prefix}/token", "scopes": {}}}
     document = {
         "openapi": "3.1.0",
         "info": {"title": app.title, "version": "1.0.0"},
-        "servers": [{"url": request.prefix or "/"}],
+        "servers": [{"url": prefix or "/"}],
         "paths": paths,
         "components": {
             "schemas": {"Error": ERROR} | schemas,
-            "securitySchemes": schemes,
+            "securitySchemes": {"login": {"type": "oauth2", "flows": login}},
         },
     }
     return Response(json.dumps(document), content_type="application/json")
@@ -2167,35 +2166,37 @@ def camel(text: str) -> str:
 
 def operation(route: Route) -> dict[str, Any]:
     """What OpenAPI says of one route."""
-    resource = route.resource
+    arguments = route.takes.args if route.takes else []
+    in_query = [each for each in arguments if each.places == ["args"]]
+    in_body = [each for each in arguments if each.places != ["args"]]
+    conditions = ("If-Match", "If-None-Match") if route.resource else ()
+    parameters = [
+        *(parameter("path", name, TEXT, True) for name in VARIABLE.findall(route.rule)),
+        *(
+            parameter("query", each.name, each.schema, each.required)
+            for each in in_query
+        ),
+        *(parameter("header", name, TAGS) for name in conditions),
+    ]
     described = {
         "operationId": re.sub(r"\W+", "_", route.rule).strip("_").lower(),
         "summary": (route.view.__doc__ or route.rule).strip().split("\n")[0],
-        "tags": [resource.name if resource else "service"],
-        "security": [] if route.is_open else [{"login": []}, {"bearer": []}],
-        "parameters": parameters(route),
+        "tags": [route.resource.name if route.resource else "service"],
+        "security": [] if route.is_open else [{"login": []}],
+        "parameters": parameters,
         "responses": responses(route),
     }
-    arguments = route.takes.args if route.takes else []
-    in_body = [each for each in arguments if each.places != ["args"]]
     if in_body:
-        is_partial = route.view is update_item
-        body = object_schema(parser_of(*in_body), is_partial)
         # Not "required": the clients of openapi-python-client would not import then.
-        described["requestBody"] = content(body, BODIES)
+        schema = body_schema(in_body, is_partial=route.view is update_item)
+        described["requestBody"] = content(schema, BODIES)
     return described
 
 
-def parameters(route: Route) -> list[dict[str, Any]]:
-    found = [("path", name, True, TEXT) for name in VARIABLE.findall(route.rule)]
-    for each in route.takes.args if route.takes else ():
-        if each.places == ["args"]:
-            found.append(("query", each.name, each.required, each.schema))
-    if route.resource:
-        for name in ("If-Match", "If-None-Match"):
-            found.append(("header", name, False, TAGS))
-    keys = ("in", "name", "required", "schema")
-    return [dict(zip(keys, values, strict=True)) for values in found]
+def parameter(
+    place: str, name: str, schema: dict[str, Any], is_required: bool = False
+) -> dict[str, Any]:
+    return {"in": place, "name": name, "required": is_required, "schema": schema}
 
 
 def responses(route: Route) -> dict[str, Any]:
@@ -2204,17 +2205,14 @@ def responses(route: Route) -> dict[str, Any]:
         schema = reference(camel(route.resource.item))
     if route.view is list_items:
         schema = {"type": "object", "additionalProperties": schema}
-    success = {} if route.status == 204 else content(schema)
-    found = {
-        str(route.status): {"description": HTTP_STATUS_CODES[route.status], **success},
-        "default": {"description": "An error", **content(reference("Error"))},
-    }
-    if route.view in (list_items, read_item):
-        found["304"] = {"description": HTTP_STATUS_CODES[304]}
-    return found
+    success = {"description": HTTP_STATUS_CODES[route.status]}
+    if route.status != 204:
+        success |= content(schema)
+    error = {"description": "An error"} | content(reference("Error"))
+    return {str(route.status): success, "default": error}
 
 
-def reference(name: str) -> dict[str, str]:
+def reference(name: str) -> dict[str, Any]:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
@@ -2232,14 +2230,13 @@ def schema_of(example: Any) -> dict[str, Any]:
     return STRICT[type(example)].__schema__ if type(example) in STRICT else {}
 
 
-def object_schema(parser: RequestParser, is_partial: bool = False) -> dict[str, Any]:
+def body_schema(arguments: list[Argument], is_partial: bool = False) -> dict[str, Any]:
     """What a body holds."""
     properties, required = {}, []
-    for each in parser.args:
-        schema = each.schema
+    for each in arguments:
+        properties[each.name] = each.schema
         if each.nullable or (each.nullable is None and not each.required):
-            schema = {"anyOf": [schema, {"type": "null"}]}
-        properties[each.name] = schema
+            properties[each.name] = {"anyOf": [each.schema, {"type": "null"}]}
         if each.required and not is_partial:
             required.append(each.name)
     return {"type": "object", "properties": properties, "required": required}
@@ -2304,14 +2301,13 @@ class App:
         names = [resource.name for resource in self.resources]
         if len(set(names)) < len(names):
             raise ValueError(f"two resources have one name: {', '.join(names)}")
-        every = [*OUR_ROUTES, *DOCS_ROUTES]
-        for resource in self.resources:
-            every += routes_of(resource)
-        self.routes = list({route.rule: route for route in [*every, *routes]}.values())
+        ours = chain(OUR_ROUTES, DOCS_ROUTES, *map(routes_of, self.resources))
+        by_rule = {route.rule: route for route in chain(ours, routes)}
+        self.routes = list(by_rule.values())
         rules = []
-        for route in self.routes:
-            method, path = route.rule.split()
-            rules.append(Rule(path, methods=[method], endpoint=route))
+        for rule, route in by_rule.items():
+            method, path = rule.split()
+            rules.append(Rule(path, methods=[method, "OPTIONS"], endpoint=route))
         # No redirects: /todos/ and //todos are other paths than /todos.
         self._urls = Map(rules, merge_slashes=False, redirect_defaults=False).bind("")
         self._match = lru_cache(maxsize=1000)(self._urls.match)
@@ -2334,14 +2330,12 @@ class App:
         except RequestRedirect:
             response = error_answer(http.NotFound())
         except http.HTTPException as error:
-            response = error_answer(error, oauth=request.path in ("/token", "/revoke"))
+            response = error_answer(
+                error, is_oauth=request.path in ("/token", "/revoke")
+            )
         except Exception:
             log.exception("a bug: %s %s", request.method, request.path)
             response = error_answer(http.InternalServerError())
-        if isinstance(response, Answer):
-            request.close()  # of uploads
-        else:
-            response.call_on_close(request.close)
         response.headers["X-Content-Type-Options"] = "nosniff"
         if "HTTP_AUTHORIZATION" in environ:  # no cache may give it to anybody else
             response.headers.setdefault("Cache-Control", "private, no-cache")
@@ -2357,22 +2351,20 @@ class App:
         if request.method == "OPTIONS":
             methods = [*self._urls.allowed_methods(path)]
             if methods:
-                response = answer(None, 204, Allow=allowed(methods))
+                response = answer(None, 204, Allow=", ".join(sorted(methods)))
                 if "PATCH" in methods:
                     response.headers["Accept-Patch"] = ", ".join(PATCHES)
                 return response
         route, found = self._match(path, request.method)
-        arguments, request.route = dict(found), route
+        arguments, request.is_open = dict(found), route.is_open
         if not route.is_open:  # 401 comes before all else
-            request.require_bearer()
+            request.authenticate()
             if not route.resource:  # whose views look at the session with the data
                 request.read(NO_ITEMS)
         if "\0" in path:
             raise http.BadRequest("A path holds no NUL")
-        for name, most in LONGEST.items():
-            if len(environ.get(name, "")) > most:
-                text = f"{name.removeprefix('HTTP_')} may have {most} characters"
-                raise http.RequestHeaderFieldsTooLarge(text)
+        if len(environ.get("CONTENT_TYPE", "")) > 500:  # which takes long to read
+            raise http.UnsupportedMediaType("Content-Type may have 500 characters")
         if route.resource:
             arguments["resource"] = route.resource
         result = route.view(request, **arguments)
@@ -2385,12 +2377,6 @@ class App:
         response.headers.update(headers)
         return response
 
-
-LONGEST = {  # of the headers that take long to read
-    "CONTENT_TYPE": 512,
-    "HTTP_IF_MATCH": 4096,
-    "HTTP_IF_NONE_MATCH": 4096,
-}
 
 create_app = App  # gunicorn's name for it: wsgi_app = "service:create_app()"
 
