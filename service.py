@@ -966,8 +966,8 @@ class SQLStore:
 
     @contextmanager
     def _connection(self) -> Iterator[Any]:
-        new = ([], threading.Semaphore(CONNECTIONS))
-        idle, room = self._pools.setdefault(self.pool(), new)
+        empty = (list[Any](), threading.Semaphore(CONNECTIONS))
+        idle, room = self._pools.setdefault(self.pool(), empty)
         if not room.acquire(timeout=2):
             raise store_down("all connections are in use")
         connection = None
@@ -1304,22 +1304,19 @@ def open_session(data: Data, now: float, ttl: int) -> str:
     return sid
 
 
-def renew_session(data: Data, sid: str, gen: int, now: float, grace: int) -> bool:
-    """Step the generation; False if the session has ended, or ends for its reuse."""
+def renew_session(data: Data, sid: str, gen: int, now: float, grace: int) -> str:
+    """Step the generation, and say what it was: renewed, repeated, reused or ended."""
     session = data["sessions"].get(sid)
     if session is None or session["expires_at"] <= now:
-        return False
+        return "ended"
     if gen == session["gen"]:
         session.update(gen=gen + 1, rotated_at=now)
-        return True
-    if (
-        gen == session["gen"] - 1
-        and grace
-        and abs(now - session["rotated_at"]) <= grace
-    ):
-        return True  # two tabs, or a lost answer: the same successor again
+        return "renewed"
+    is_recent = grace and abs(now - session["rotated_at"]) <= grace
+    if gen == session["gen"] - 1 and is_recent:
+        return "repeated"  # two tabs, or a lost answer: the same successor again
     del data["sessions"][sid]
-    return False
+    return "reused"
 
 
 # ---- Passwords ---------------------------------------------------------------------
@@ -1512,7 +1509,8 @@ class Request(werkzeug.Request):
     @cached_property
     def claims(self) -> Claims:
         """The claims of the bearer's access token (RFC 6750 §2.1); 401 without one."""
-        return self.app.tokens.verify(ACCESS, bearer_token(self.environ))
+        tokens: Tokens = self.app.tokens
+        return tokens.verify(ACCESS, bearer_token(self.environ))
 
     def authenticate(self) -> Claims:
         """401 without a good token; its session is looked up with the data."""
@@ -1525,9 +1523,11 @@ class Request(werkzeug.Request):
 
     def read(self, query: Query = EVERYTHING, shared: str | None = None) -> Data:
         """The bearer's data, or what is shared; 401 if the session has ended."""
-        data = self.app.store.read(self.user, NO_ITEMS if shared else query)
+        data: Data = self.app.store.read(self.user, NO_ITEMS if shared else query)
         self.check_session(data)
-        return self.app.store.read(SHARED, query) if shared else data
+        if shared:
+            data = self.app.store.read(SHARED, query)
+        return data
 
     @contextmanager
     def write(
@@ -1605,7 +1605,7 @@ def tagged(body: Any, status: int = 200, **headers: str) -> Response:
 
 def conditional(request: Request, body: Any, **headers: str) -> Response:
     """An answer with its ETag; 304 if the client has it already."""
-    response = tagged(body, **headers)
+    response = tagged(body, 200, **headers)
     if check_preconditions(request, body):
         return answer(None, 304, ETag=response.headers["ETag"], **headers)
     return response
@@ -1619,8 +1619,8 @@ def check_preconditions(request: Request, there: Any) -> bool:
 
     there is None where nothing is (RFC 9110 §13.2.2).
     """
-    match = request.environ.get("HTTP_IF_MATCH")
-    none_match = request.environ.get("HTTP_IF_NONE_MATCH")
+    match = request.environ.get("HTTP_IF_MATCH", "")
+    none_match = request.environ.get("HTTP_IF_NONE_MATCH", "")
     for header in (match, none_match):
         if header and not re.fullmatch(ENTITY_TAGS, header):
             right = "* or quoted entity tags with commas between"
@@ -1631,9 +1631,7 @@ def check_preconditions(request: Request, there: Any) -> bool:
     is_there = there is not None
     if match and not (is_there and (match == "*" or re.search(f"(?<!W/){tag}", match))):
         raise http.PreconditionFailed("If-Match does not name what is there now")
-    is_known = (
-        bool(none_match) and is_there and (none_match == "*" or tag in none_match)
-    )
+    is_known = is_there and (none_match == "*" or tag in none_match)
     if is_known and request.method not in ("GET", "HEAD"):
         raise http.PreconditionFailed("If-None-Match names what is there now")
     return is_known
@@ -1764,7 +1762,7 @@ def refuse_name(username: str, password: str, argument: str = "password") -> Non
         raise Refusal(message={argument: "Must not be the name itself"})
 
 
-def add_account(app: App, name: str, hash: str, roles: Iterable[str] = ()) -> None:
+def add_account(app: Any, name: str, hash: str, roles: Iterable[str] = ()) -> None:
     """A new account with its starter items; 409 if the name is or was taken."""
     with app.store.write(name) as data:
         if data["account"]:
@@ -1908,7 +1906,11 @@ def log_in(request: Request, given: Namespace) -> Claims:
         refuse_change(data, account)
         sid = open_session(data, app.clock(), app.settings.refresh_ttl)
     request.log("login", name)
-    return app.tokens.pair(name, roles_of(data), sid, data["sessions"][sid])
+    return pair_of(app.tokens, name, sid, data)
+
+
+def pair_of(tokens: Tokens, name: str, sid: str, data: Data) -> Claims:
+    return tokens.pair(name, roles_of(data), sid, data["sessions"][sid])
 
 
 def refresh(request: Request, given: Namespace) -> Claims:
@@ -1917,13 +1919,12 @@ def refresh(request: Request, given: Namespace) -> Claims:
     claims = app.tokens.verify(REFRESH, needed(given, "refresh_token"))
     name, sid, grace = claims["sub"], claims["sid"], app.settings.refresh_grace
     with app.store.write(name, NO_ITEMS) as data:
-        was_open = sid in data["sessions"]
-        is_open = renew_session(data, sid, claims["gen"], app.clock(), grace)
-    if is_open:
-        return app.tokens.pair(name, roles_of(data), sid, data["sessions"][sid])
-    if was_open and sid not in data["sessions"]:
+        outcome = renew_session(data, sid, claims["gen"], app.clock(), grace)
+    if outcome == "reused":
         request.log("reuse detected", name)
-    raise InvalidToken("The session has ended: log in again")
+    if outcome in ("reused", "ended"):
+        raise InvalidToken("The session has ended: log in again")
+    return pair_of(app.tokens, name, sid, data)
 
 
 def revoke_token(request: Request) -> Response:
