@@ -1,8 +1,7 @@
 """The specification of service.py, to be read beside it: the same rooms, in order.
 
-All of it runs in this process, over the memory store, and needs pytest alone. A request
-goes through wsgiref's validator to an app that is mounted under /api; the time is a
-clock that the test steps. What needs more than Python is in tests/.
+All of it runs in this process, over the memory store, and needs pytest alone; tests/
+has the rest. A request goes through wsgiref's validator to an app mounted under /api.
 """
 
 from __future__ import annotations
@@ -1718,9 +1717,10 @@ def test_every_other_path_is_404_and_nothing_is_redirected(alice, path):
 
 @each("path", [path for path in ALLOW if path.startswith(("/users/me", "/todos"))])
 def test_401_comes_before_all_else_where_a_bearer_is_needed(alice, path):
+    log_out(alice)
     for method in set(ALLOW[path].split()) - {"OPTIONS"}:
         for data, kind in ((b"{bad", JSON), (b"x" * 70_000, "text/plain")):
-            for credentials in (None, "Bearer junk"):
+            for credentials in (None, "Bearer junk", f"Bearer {alice.access_token}"):
                 given = {"HTTP_AUTHORIZATION": credentials, "HTTP_IF_MATCH": '"stale"'}
                 request = f"{method} {path}?limit=0"
                 answer = alice.world(request, data, content_type=kind, environ=given)
