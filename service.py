@@ -234,6 +234,7 @@ class Namespace(dict[str, Any]):
         return self[name]
 
 
+@dataclass(eq=False)
 class RequestParser:
     """Takes arguments out of any Werkzeug request, as flask-restful's reqparse does.
 
@@ -247,9 +248,9 @@ class RequestParser:
     not nest: for an object inside the body, give the argument a type that takes a dict.
     """
 
-    def __init__(self, trim: bool = False, bundle_errors: bool = False) -> None:
-        self.trim, self.bundle_errors = trim, bundle_errors
-        self.args: list[Argument] = []
+    trim: bool = False
+    bundle_errors: bool = False
+    args: list[Argument] = field(default_factory=list)
 
     def add_argument(self, name: str | Argument, **options: Any) -> RequestParser:
         """Add an Argument, or the one that Argument(name, **options) makes."""
@@ -270,9 +271,7 @@ class RequestParser:
 
     def copy(self) -> RequestParser:
         """An independent parser with the same arguments and options."""
-        parser = copy.copy(self)
-        parser.args = list(self.args)
-        return parser
+        return replace(self, args=[*self.args])
 
     def parse_args(
         self, request: werkzeug.Request, strict: bool = False, partial: bool = False
@@ -348,11 +347,12 @@ class Argument:
     def __post_init__(self) -> None:
         given = [self.location] if isinstance(self.location, str) else self.location
         self.places = " ".join(given).replace("values", "args form").split()
-        if not set(self.places) <= PLACES.keys():
-            right = f"locations are {', '.join(PLACES)} and values"
-            raise ValueError(f"{self.name}: {right}")
-        if self.action not in ("store", "append", "split") or not callable(self.type):
-            right = "actions are store, append and split; a type is a function"
+        is_action = self.action in ("store", "append", "split")
+        if not (
+            set(self.places) <= PLACES.keys() and is_action and callable(self.type)
+        ):
+            right = f"locations are {', '.join(PLACES)} and values, actions are store"
+            right += ", append and split, and a type is a function"
             raise ValueError(f"{self.name}: {right}")
         if isinstance(self.type, type):
             self.type = STRICT.get(self.type, self.type)
@@ -449,7 +449,7 @@ class Strict:
 
     def __call__(self, value: Any) -> Any:
         kind, text = self.type, str(value).strip()
-        if isinstance(value, FileStorage) and kind in (str, FileStorage):
+        if kind in (str, FileStorage) and isinstance(value, FileStorage):
             return value  # an upload is itself, unless another type is given
         if kind is str and not isinstance(value, bool | list | dict):
             str(value).encode()  # ValueError for half of a surrogate pair
@@ -525,7 +525,7 @@ def read_json(body: bytes) -> dict[str, Any]:
     member that stands twice, half of a surrogate pair, absurd nesting.
     """
     try:
-        value = DECODER.decode(body.decode("utf-8-sig") or "{}")
+        value = from_json(body.decode("utf-8-sig") or "{}")
         if b"\\u" in body:
             to_json(value).encode()  # half of a surrogate pair cannot be
         if body.count(b"[") + body.count(b"{") > DEEPEST and depth(value) > DEEPEST:
@@ -565,11 +565,6 @@ class Number(float):
         return self.text
 
 
-def to_json(value: Any) -> str:
-    """JSON text; dates, times, UUIDs and Decimals as their text. Raises ValueError."""
-    return ENCODER.encode(value)
-
-
 def as_text(value: Any) -> str:
     if isinstance(value, Date | Time):  # a datetime is a date too
         return value.isoformat()
@@ -578,11 +573,11 @@ def as_text(value: Any) -> str:
     raise ValueError(f"JSON can hold no {type(value).__name__}")
 
 
-# Made once: json.dumps and json.loads with options make a new one for each call.
-ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=as_text)
-DECODER = json.JSONDecoder(
+# Both are made once: json.dumps and json.loads would make new ones for each call.
+to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=as_text).encode
+from_json = json.JSONDecoder(
     parse_float=Number, parse_constant=Number, object_pairs_hook=unique_members
-)
+).decode
 
 
 @dataclass(frozen=True)
@@ -631,9 +626,7 @@ date.__schema__ = {"type": "string", "format": "date"}  # type: ignore[attr-defi
 
 def parser_of(*arguments: Argument) -> RequestParser:
     """A parser that reports all errors at once."""
-    parser = RequestParser(bundle_errors=True)
-    parser.args.extend(arguments)
-    return parser
+    return RequestParser(bundle_errors=True, args=list(arguments))
 
 
 def in_json(values: Mapping[str, Any]) -> Mapping[str, Any]:
