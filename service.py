@@ -940,10 +940,7 @@ class SQLStore:
             def select(query: Query) -> list[Row]:
                 statements = [*begin, select_rows(owner, query)]
                 begin.clear()
-                rows = self.run(connection, statements)
-                if not rows:
-                    rows = self.run(connection, [(CLAIM, new), *statements[1:]])
-                return rows
+                return self.run(connection, statements)
 
             try:
                 data = Data(query, select)
@@ -1008,7 +1005,7 @@ class SQLiteStore(SQLStore):
     Raises ValueError for a file whose folder is not there.
     """
 
-    begin, errors = ("BEGIN IMMEDIATE",), sqlite3.Error
+    begin, errors = ("BEGIN IMMEDIATE", CLAIM), sqlite3.Error
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -1054,7 +1051,7 @@ class PostgresStore(SQLStore):
     may come up.
     """
 
-    begin = ("BEGIN", f"{DOCUMENT} FOR UPDATE")
+    begin = ("BEGIN", CLAIM, f"{DOCUMENT} FOR UPDATE")
 
     def __init__(self, url: str) -> None:
         super().__init__()
