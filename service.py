@@ -33,7 +33,7 @@ import threading
 import time
 import unicodedata
 from bisect import bisect_left
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
@@ -1315,6 +1315,7 @@ def renew_session(data: Data, sid: str, gen: int, now: float, grace: int) -> str
 # longer each time.
 
 NO_HASH = "scrypt:32768:8:1$none$" + "0" * 128  # takes as long to check as any
+AT_ONCE = 18  # two that are hashed, 16 that wait; half of them for one client
 LONGEST_WAIT = 900  # seconds; a quiet time as long forgives what was wrong
 MOST_COUNTED = 20_000  # names and clients whose wrong passwords are remembered
 
@@ -1337,17 +1338,20 @@ class Passwords:
 
     def __init__(self, clock: Clock) -> None:
         self._clock, self._lock = clock, threading.Lock()
-        self._room, self._turns = threading.Semaphore(18), threading.Semaphore(2)
+        self._turns, self._inside = threading.Semaphore(2), Counter[str]()
         self._wrong: dict[
             tuple[str, str], tuple[int, float]
         ] = {}  # number, end of wait
 
     @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """503 at once if 16 wait already, or after a wait of 5 s."""
+    def _turn(self, client: str) -> Iterator[None]:
+        """503 at once if too many wait, in all or from there; or after a wait of 5 s."""
         busy = http.ServiceUnavailable("Too many passwords to check", retry_after=5)
-        if not self._room.acquire(blocking=False):
-            raise busy
+        with self._lock:
+            is_full = self._inside.total() >= AT_ONCE
+            if is_full or self._inside[client] >= AT_ONCE // 2:
+                raise busy
+            self._inside[client] += 1
         try:
             if not self._turns.acquire(timeout=5):
                 raise busy
@@ -1356,11 +1360,12 @@ class Passwords:
             finally:
                 self._turns.release()
         finally:
-            self._room.release()
+            with self._lock:
+                self._inside -= Counter([client])  # which forgets who has none
 
-    def hash(self, password: str) -> str:
+    def hash(self, password: str, address: str = "") -> str:
         """A salted scrypt hash."""
-        with self._turn():
+        with self._turn(network(address)):
             return generate_password_hash(password)
 
     def match(self, hash: str | None, password: str, name: str, address: str) -> bool:
@@ -1372,7 +1377,7 @@ class Passwords:
         client = network(address)
         limits = {(client, name[:65]): 10, (client, ""): 100}
         self._refuse_guesses(limits, name, address)  # before any waiting
-        with self._turn():
+        with self._turn(client):
             self._refuse_guesses(limits, name, address)  # meanwhile others were wrong
             is_right = check_password_hash(hash or NO_HASH, password) and bool(hash)
             with self._lock:
@@ -1741,7 +1746,7 @@ def create_user(request: Request) -> Response:
         raise http.Forbidden("Sign-up is closed: ask the operator for an account")
     given = request.parse(SIGN_UP)
     refuse_name(given.username, given.password)
-    hash = request.app.passwords.hash(given.password)
+    hash = request.app.passwords.hash(given.password, request.remote_addr or "")
     add_account(request.app, given.username, hash)
     request.log("sign-up", given.username)
     return answer({"username": given.username}, 201)
@@ -1774,7 +1779,7 @@ def change_password(request: Request) -> Response:
     given = request.parse(CHANGE)
     account = check_password(request, request.user, given.password)
     refuse_name(request.user, given.new_password, "new_password")
-    hash = request.app.passwords.hash(given.new_password)
+    hash = request.app.passwords.hash(given.new_password, request.remote_addr or "")
     with request.write(NO_ITEMS) as data:
         refuse_change(data, account)
         data["account"]["hash"] = hash
