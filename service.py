@@ -752,18 +752,19 @@ class Data(dict[str, Any]):
 
     def fetch(self, query: Query) -> None:
         """Read more of the items."""
-        document, *items = self._select(query) or [NO_DOCUMENT]
-        if not self:
-            self.update(load([document])[0])
-            self._document = document
-        sizes = accumulate([len(row.text) for row in items])
+        rows = self._select(query) or [NO_DOCUMENT]
+        sizes = accumulate([len(row.text) for row in rows[1:]])
         most = min(query.limit, 1 + bisect_left([*sizes], PAGE_SIZE))
-        if query.resource and most < len(items):
-            del items[most:]
-            self[query.resource].next = items[-1].position
-        self._rows += items
-        for (resource, _, id, _), item in zip(items, load(items), strict=True):
+        kept = rows[: most + 1] if query.resource else rows
+        document, *items = load(kept)
+        if not self:
+            self.update(document)
+            self._document = rows[0]
+        self._rows += kept[1:]
+        for (resource, _, id, _), item in zip(kept[1:], items, strict=True):
             self[resource][id] = item
+        if len(kept) < len(rows):
+            self[query.resource].next = kept[-1].position
 
     def counter(self, resource: str) -> dict[str, int]:
         """How many items there are; the last position given, and number in an id."""
