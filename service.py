@@ -119,7 +119,7 @@ class Settings:
             "CORS_ORIGINS must be * or origins such as https://app.example:8443": (
                 self.origins == ["*"] or all(map(normal_origin, self.origins))
             ),
-            "MAX_BODY must be bytes such as 65536": self.max_body > 0,
+            "MAX_BODY must be bytes such as 65536": self.max_body >= 100,
             "MAX_ITEMS must be a number such as 10000": self.max_items > 0,
             "PROXIES must be how many are in front, such as 1": self.proxies >= 0,
         }
@@ -1607,7 +1607,7 @@ def conditional(request: Request, body: Any, **headers: str) -> Response:
     return response
 
 
-ENTITY_TAGS = r'\*|(W/)?"[!#-~]*"( *, *(W/)?"[!#-~]*")*'
+ENTITY_TAGS = r'(\*|(W/)?"[!#-~]*"( *, *(W/)?"[!#-~]*")*)?'
 
 
 def check_preconditions(request: Request, there: Any) -> bool:
@@ -1617,12 +1617,12 @@ def check_preconditions(request: Request, there: Any) -> bool:
     """
     match = request.environ.get("HTTP_IF_MATCH", "")
     none_match = request.environ.get("HTTP_IF_NONE_MATCH", "")
-    for header in (match, none_match):
-        if header and not re.fullmatch(ENTITY_TAGS, header):
-            right = "* or quoted entity tags with commas between"
-            raise http.BadRequest(f"If-Match and If-None-Match take {right}")
     if not (match or none_match):
         return False
+    for header in (match, none_match):
+        if len(header) > 4096 or not re.fullmatch(ENTITY_TAGS, header):
+            right = "* or quoted entity tags with commas between, 4,096 characters"
+            raise http.BadRequest(f"If-Match and If-None-Match take {right}")
     tag = tag_of(line(there))
     is_there = there is not None
     if match and not (is_there and (match == "*" or re.search(f"(?<!W/){tag}", match))):
@@ -1663,7 +1663,7 @@ def error_answer(error: http.HTTPException, is_oauth: bool = False) -> Response:
 def add_cors(response: Response, environ: WSGIEnvironment, origins: list[str]) -> None:
     """Let the pages of these origins use the service; never with credentials."""
     origin = "*" if "*" in origins else environ.get("HTTP_ORIGIN", "")
-    if origins and origin != "*":
+    if origins and "*" not in origins:
         response.vary.add("Origin")
     if origin not in origins:
         return
@@ -2115,7 +2115,7 @@ OUR_ROUTES = [
 
 VARIABLE = re.compile(r"<(?:[^<>:]+:)?([^<>]+)>")
 TEXT = {"type": "string"}
-TAGS = TEXT | {"pattern": f"^({ENTITY_TAGS})?$"}
+TAGS = TEXT | {"pattern": f"^{ENTITY_TAGS}$"}
 MESSAGE = {"message": {"type": ["string", "object"]}}
 OAUTH = {"error": TEXT, "error_description": TEXT}
 ERROR = {"type": "object", "properties": MESSAGE | OAUTH}
