@@ -1642,6 +1642,8 @@ def error_answer(error: http.HTTPException, is_oauth: bool = False) -> Response:
     text = re.sub(r"[^ !#-\[\]-~]", "?", text)  # what the next two may hold
     headers = dict(error.get_headers())
     del headers["Content-Type"]
+    if isinstance(error, http.MethodNotAllowed):
+        headers["Allow"] = ", ".join(sorted(error.valid_methods or ()))
     if is_oauth:
         if "error" not in body:
             is_busy = status in (429, 503)
