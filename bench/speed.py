@@ -5,7 +5,7 @@
     .bench/bin/python bench/speed.py --quick    # about two, kept nowhere
 
 Every peer is checked to give the same answers, with the same checks of tokens, before
-it is timed. Peers and servers take turns, round after round, so that a busy moment of
+it is timed, and service.py to turn an item into JSON at most twice in a write. Peers and servers take turns, round after round, so that a busy moment of
 the machine meets all of them; the figures are medians over the rounds. Compare figures
 of one run only. What is printed is kept in speed.json, and drawn in speed.svg, unless
 the run is a quick one.
@@ -18,6 +18,7 @@ import gc
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -82,6 +83,7 @@ GET_ONE = Case("GET one", "GET", "/todos/todo3")
 LONG_LIST = Case("GET list of 1,000", "GET", "/todos", "carol", count=10)
 POST = Case("POST", "POST", "/todos", "bob", {"task": "something new"}, 201)
 PUT = Case("PUT", "PUT", "/todos/todo2", "alice", {"task": "something else"}, 201)
+PATCH = Case("PATCH", "PATCH", "/todos/todo2", "alice", {"task": "something other"})
 CASES = [
     GET_ONE,
     FIRST_SIGHT,
@@ -258,11 +260,33 @@ def measure_in_process(rounds: int) -> Figures:
     for name in APPS:
         progress(f"check {name}")
         peers[name] = Peer(name)
+    for case in (POST, PUT, PATCH):
+        assert times_written(peers["service"], case) <= 2, case
     return take_turns(
         rounds,
         [(case.title, name, case) for case in CASES for name in APPS],
         lambda name, case: peers[name].time(case),
     )
+
+
+def times_written(peer: Peer, case: Case) -> int:
+    """How often one request turns its item into JSON."""
+    written = 0
+
+    def watch(frame: Any, event: str, _: Any) -> None:
+        nonlocal written
+        if event == "call" and frame.f_code is json.JSONEncoder.encode.__code__:
+            written += frame.f_locals["o"] == case.body
+
+    token = peer.pairs[case.user]["access_token"]
+    prepared = peer.app.prepare(case.method, case.path, token, case.body)
+    sys.setprofile(watch)
+    try:
+        status, *_ = peer.app.run(prepared)
+    finally:
+        sys.setprofile(None)
+    assert status[:3] == str(case.status), status
+    return written
 
 
 def take_turns(
