@@ -5,10 +5,10 @@
     .bench/bin/python bench/speed.py --quick    # about two, kept nowhere
 
 Every peer is checked to give the same answers, with the same checks of tokens, before
-it is timed, and service.py to turn an item into JSON at most twice in a write. Peers and servers take turns, round after round, so that a busy moment of
-the machine meets all of them; the figures are medians over the rounds. Compare figures
-of one run only. What is printed is kept in speed.json, and drawn in speed.svg, unless
-the run is a quick one.
+it is timed, and service.py to turn an item into JSON at most twice in a write. Peers
+and servers take turns, round after round, so that a busy moment of the machine meets
+all of them; the figures are medians over the rounds. Compare figures of one run only.
+What is printed is kept in speed.json, and drawn in speed.svg, unless the run is quick.
 """
 
 from __future__ import annotations
