@@ -6,9 +6,6 @@
 
 A second monitor stands by, and takes over when the first one's reports stop.
 
-    Time · Transport streams · Judging · HLS · Multicast · Channels
-    The service · Monitor · The terminal · Main
-
 What it does not look at: alternate audio, subtitles, parts of segments (low latency,
 byte ranges), and the inside of what is encrypted or no MPEG transport stream. It
 downloads every variant, so it needs as much bandwidth as one viewer of each.
@@ -20,17 +17,17 @@ import argparse
 import asyncio
 import os
 import re
-import signal
 import socket
-import ssl
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import closing, nullcontext, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
 from getpass import getpass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote, urlsplit
 
 import httpx2
@@ -39,9 +36,153 @@ from authlib.integrations.httpx_client import AsyncOAuth2Client, OAuthError
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
-from rich.text import Text
 
-ON_AIR, DEGRADED, OFF_AIR, UNKNOWN = "on air", "degraded", "off-air", "unknown"
+OFF_AIR, DEGRADED, UNKNOWN, ON_AIR = "off-air", "degraded", "unknown", "on air"
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError)  # parsers raise these
+
+console = Console(markup=False, highlight=False)  # names are shown as they are
+
+
+def say(text: str) -> None:
+    """A line, above the table if there is one."""
+    console.out(time.strftime("%Y-%m-%d %H:%M:%S"), text)
+
+
+# ---- Time ----------------------------------------------------------------------------
+# All judging goes by a clock that stands still while this process gets no processor
+# time: to a monitor that was kept from looking, every answer would seem late.
+
+TICK = 0.1
+
+
+@dataclass
+class Clock:
+    """Seconds during which this process could look, and those that it lost."""
+
+    now: float = 0.0
+    lost: float = 0.0
+
+    def tick(self, elapsed: float) -> None:
+        """So much time has passed since the last tick; no more than two ticks count."""
+        counted = min(elapsed, 2 * TICK)
+        self.now += counted
+        self.lost += elapsed - counted
+
+
+clock = Clock()
+
+# ---- Transport streams ---------------------------------------------------------------
+# MPEG-TS is packets of 188 bytes. Those with payload are numbered 0 to 15 within their
+# stream (PID): what is lost leaves a gap (ISO/IEC 13818-1 §2.4.3.3).
+
+PACKET, NULL_PID = 188, 0x1FFF
+
+
+class Continuity:
+    """Follows the counters of one stream, from one piece of it to the next."""
+
+    def __init__(self) -> None:
+        self._last = b""  # the last packet of each PID
+
+    def feed(self, data: bytes) -> tuple[int, int]:
+        """How many errors there are, and scrambled packets."""
+        data = self._last + data
+        size = len(data) - len(data) % PACKET
+        errors = int(size < len(data) or data[::PACKET].strip(b"\x47") != b"")
+        scrambled = 0
+        last: dict[int, int] = {}  # PID: where its last packet is
+        columns = (data[n:size:PACKET] for n in range(1, 4))  # millions a second
+        for number, (high, low, flags) in enumerate(zip(*columns, strict=True)):
+            pid, at = (high & 0x1F) << 8 | low, number * PACKET
+            if pid == NULL_PID or not flags & 0x10:  # without payload, not numbered
+                continue
+            scrambled += flags & 0xC0 > 0
+            before = last.get(pid)
+            last[pid] = at
+            if high & 0x80:  # marked as broken: nothing follows from its counter
+                errors += 1
+                del last[pid]
+            elif before is not None and (flags - data[before + 3] - 1) & 0x0F:
+                packet = data[at : at + PACKET]
+                is_duplicate = packet == data[before : before + PACKET]
+                is_announced = flags & 0x20 and packet[4] and packet[5] & 0x80
+                errors += not is_duplicate and not is_announced
+        self._last = b"".join(data[at : at + PACKET] for at in last.values())
+        return errors, scrambled
+
+
+# ---- Judging -------------------------------------------------------------------------
+# A variant and a multicast group are judged alike, by their last six segments: two bad
+# ones degrade, and only six good ones end that. One is dead when for three target
+# durations nothing new could be had (RFC 8216 §6.3.3 lets players start three segments
+# from the end), or for two when its requests fail as well. A failed playlist request
+# alone is nothing: players try again.
+
+OFF_AIR_AFTER, DEAD_AFTER = 3, 2  # target durations without anything new
+
+
+class Stream:
+    """What viewers receive, and how it has been lately."""
+
+    target = 2.0  # its target duration, until a playlist says so
+
+    def __init__(self, name: str, url: str) -> None:
+        self.name, self.url = name, url
+        self.had_at = clock.now  # when the last new thing could be had
+        self.trouble = ""  # the last one, since something could be had
+        self.reason = ""  # why it is degraded, if it is
+        self.failures = self.kbps = self.cc_errors = 0
+        self.continuity = Continuity()
+        self._faults: deque[str] = deque(maxlen=6)  # "" is a good segment
+
+    @property
+    def silence(self) -> float:
+        """Target durations without anything new."""
+        return (clock.now - self.had_at) / self.target
+
+    @property
+    def is_dead(self) -> bool:
+        is_failing = self.failures >= 3 and self.silence > DEAD_AFTER
+        return is_failing or self.silence > OFF_AIR_AFTER
+
+    def judge(self, *faults: str) -> None:
+        """Add segments; what is wrong with the whole stream counts as two."""
+        self._faults.extend(faults)
+        bad = [each for each in self._faults if each]
+        if len(bad) >= 2:
+            self.reason = f"{self.name}: {bad[-1]}" if self.name else bad[-1]
+        elif not bad and len(self._faults) == 6:
+            self.reason = ""
+
+    def miss(self, trouble: str) -> None:
+        """Judge a segment that could not be had."""
+        self.trouble, self.continuity = trouble, Continuity()
+        self.judge(trouble)
+
+    def take(
+        self, data: bytes, seconds: float, fault: str = "", is_opaque: bool = False
+    ) -> bool:
+        """Judge a segment of so many seconds; is there anything to be seen in it?"""
+        errors, scrambled = (0, 0) if is_opaque else self.continuity.feed(data)
+        if not is_opaque and data[:1] != b"\x47":
+            self.miss("no transport stream")
+        elif scrambled > len(data) / PACKET / 2:
+            self.miss("scrambled")
+        else:
+            self.had_at, self.trouble = clock.now, ""
+            self.kbps = round(len(data) * 8 / 1000 / seconds)
+            self.cc_errors += errors
+            self.judge(f"{errors} continuity errors" if errors else fault)
+        return not self.trouble
+
+
+# ---- HLS -----------------------------------------------------------------------------
+# A channel's URL leads to a master playlist that names variants, or to the one media
+# playlist itself (RFC 8216). Redirects are followed, and relative URLs resolve against
+# where they led. Playlists are read as often as §6.3.4 lets a player read them.
+
+BODY_BYTES = 100_000_000
+TLS = httpx2.create_ssl_context()  # slow to make, so one for all
 
 
 class Trouble(Exception):
@@ -52,876 +193,483 @@ class Trouble(Exception):
         self.status = status
 
 
-# ---- Time ----------------------------------------------------------------------------
-# All judging goes by a clock that stands still while this process gets no processor
-# time: to a monitor that was kept from looking, every answer would seem late.
-
-
-class Clock:
-    """Seconds during which this process could look. A class, since ticks feed it."""
-
-    TICK = 0.1
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.lost = 0.0
-
-    def tick(self, elapsed: float) -> None:
-        """So much time has passed since the last tick; no more than two ticks count."""
-        counted = min(elapsed, 2 * self.TICK)
-        self.now += counted
-        self.lost += elapsed - counted
-
-    async def run(self) -> None:
-        last = time.monotonic()
-        while True:
-            await asyncio.sleep(self.TICK)
-            now = time.monotonic()
-            self.tick(now - last)
-            last = now
-
-
-# ---- Transport streams ---------------------------------------------------------------
-# MPEG-TS is packets of 188 bytes. Those with payload are numbered 0 to 15 within their
-# stream (PID): what is lost leaves a gap (ISO/IEC 13818-1 §2.4.3.3).
-
-PACKET = 188
-NULL_PID = 0x1FFF
-
-
-class Packets(NamedTuple):
-    """What was seen in some packets."""
-
-    seen: int
-    errors: int  # gaps in the numbering, and packets marked as broken
-    scrambled: int
-
-
-class Continuity:
-    """Follows the counters of one stream, from one piece of it to the next."""
-
-    def __init__(self) -> None:
-        self._last: dict[int, tuple[int, bytes]] = {}  # PID: its counter and its packet
-
-    def feed(self, data: bytes) -> Packets:
-        """Look at whole packets, about five million a second."""
-        counters = {pid: counter for pid, (counter, _) in self._last.items()}
-        offsets: dict[int, int] = {}
-        errors = scrambled = 0
-        size = len(data) - len(data) % PACKET
-        columns = (data[n:size:PACKET] for n in range(1, 4))
-        for number, (high, low, flags) in enumerate(zip(*columns, strict=True)):
-            pid = (high & 0x1F) << 8 | low
-            if pid == NULL_PID or not flags & 0x10:  # without payload, not numbered
-                continue
-            scrambled += flags & 0xC0 > 0
-            counter, offset = flags & 0x0F, number * PACKET
-            before = counters.get(pid)
-            if high & 0x80:
-                errors += 1
-            elif before is not None and counter != (before + 1) & 0x0F:
-                packet = data[offset : offset + PACKET]
-                old = offsets.get(pid)
-                last = self._last[pid][1] if old is None else data[old : old + PACKET]
-                is_duplicate = counter == before and packet == last
-                is_announced = flags & 0x20 and packet[4] and packet[5] & 0x80
-                errors += not is_duplicate and not is_announced
-            counters[pid], offsets[pid] = counter, offset
-        for pid, offset in offsets.items():
-            self._last[pid] = (counters[pid], data[offset : offset + PACKET])
-        return Packets(size // PACKET, errors, scrambled)
-
-
-# ---- Judging -------------------------------------------------------------------------
-# Off-air: for three target durations nothing new could be had, so players' buffers are
-# empty (RFC 8216 §6.3.3 lets them start three segments from the end). Degraded: viewers
-# notice something. A failed playlist request alone is nothing: players try again.
-
-OFF_AIR_AFTER = 3  # target durations without anything new
-DEAD_AFTER = 2  # target durations, for a variant whose requests fail as well
-
-
-class Window:
-    """The last six segments: two bad ones degrade, and only six good ones end that."""
-
-    def __init__(self) -> None:
-        self._faults: deque[str] = deque(maxlen=6)  # "" is a good segment
-        self.reason = ""  # why it is degraded, if it is
-
-    def add(self, fault: str) -> None:
-        self._faults.append(fault)
-        bad = [each for each in self._faults if each]
-        if len(bad) >= 2:
-            self.reason = bad[-1]
-        elif not bad and len(self._faults) == 6:
-            self.reason = ""
-
-    def spoil(self, reason: str) -> None:
-        """What is wrong is no single segment."""
-        self.add(reason)
-        self.add(reason)
-
-
-# ---- HLS -----------------------------------------------------------------------------
-# A channel's URL leads to a master playlist that names variants, or to the one media
-# playlist itself (RFC 8216). Redirects are followed, and relative URLs resolve against
-# where they led. Playlists are read as often as §6.3.4 lets a player read them.
-
-PLAYLIST_BYTES, SEGMENT_BYTES = 1_000_000, 100_000_000
-FIRST_TARGET = 2.0  # seconds; the target duration until a playlist has said it
-MASTER_LIFE = 60.0  # seconds after which the variants are read again
-FAILING_AFTER = 10.0  # seconds, for the URL itself while its variants are good
-STUCK = "no new segment"
-MALFORMED = (ValueError, LookupError, TypeError, AttributeError)  # m3u8 raises these
-
-
 async def fetch(
-    http: httpx2.AsyncClient, url: str, seconds: float, limit: int
+    http: httpx2.AsyncClient, what: str, url: str, seconds: float
 ) -> tuple[str, bytes]:
     """Where the redirects led, and the body. Raises Trouble."""
+    body = bytearray()
     try:
         async with asyncio.timeout(seconds), http.stream("GET", url) as response:
-            if response.status_code != 200:
-                raise Trouble(f"HTTP {response.status_code}", response.status_code)
-            body = bytearray()
+            status = response.status_code
+            if status != 200:
+                raise Trouble(f"{what}: HTTP {status}", status)
             async for part in response.aiter_bytes():
                 body += part
-                if len(body) > limit:
-                    raise Trouble(f"more than {limit:,} bytes")
-            return str(response.url), bytes(body)
-    except (TimeoutError, httpx2.TimeoutException):
-        raise Trouble("no answer in time") from None
-    except httpx2.TooManyRedirects:
-        raise Trouble("redirects in a loop") from None
-    except (httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
-        raise Trouble(str(error) or type(error).__name__) from None
+                if len(body) > BODY_BYTES:  # such as a stream that is no HLS
+                    raise Trouble(f"{what}: endless")
+    except (TimeoutError, httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
+        raise Trouble(f"{what}: {str(error) or type(error).__name__}") from None
+    return str(response.url), bytes(body)
 
 
 async def read_playlist(
     http: httpx2.AsyncClient, url: str, seconds: float
 ) -> m3u8.M3U8:
-    """A master or media playlist. Raises Trouble."""
-    try:
-        led_to, body = await fetch(http, url, seconds, PLAYLIST_BYTES)
-    except Trouble as trouble:
-        raise Trouble(f"playlist: {trouble}", trouble.status) from None
-    text = body.decode(errors="replace")
-    if not text.startswith("#EXTM3U"):  # m3u8 takes HTML for an empty playlist
+    """A master or media playlist with absolute URLs. Raises Trouble."""
+    led_to, body = await fetch(http, "playlist", url, seconds)
+    if not body.startswith(b"#EXTM3U"):  # m3u8 takes HTML for an empty playlist
         raise Trouble("playlist: not a playlist")
     try:
-        return m3u8.loads(text, uri=led_to)
+        playlist = m3u8.loads(body.decode(errors="replace"), uri=led_to)
+        for each in [*playlist.playlists, *playlist.segments]:
+            each.uri = each.absolute_uri
     except MALFORMED:
         raise Trouble("playlist: malformed") from None
+    return playlist
 
 
-async def read_segment(
-    http: httpx2.AsyncClient, segment: m3u8.Segment, seconds: float
-) -> bytes:
-    """The whole of it. Raises Trouble."""
-    try:
-        _, body = await fetch(http, segment.absolute_uri, seconds, SEGMENT_BYTES)
-    except Trouble as trouble:
-        raise Trouble(f"segment: {trouble}") from None
-    except MALFORMED:
-        raise Trouble("segment: malformed URL") from None
-    return body
+class Variant(Stream):
+    """One media playlist of a channel."""
 
+    had = -1  # the number of the last segment that could be had
+    newest = -1  # and of the last one that was tried
 
-def named_variants(master: m3u8.M3U8) -> dict[str, str]:
-    """The variants' URLs, by what tells them apart. Raises Trouble."""
-    found: dict[str, str] = {}
-    try:
-        for each in master.playlists:
-            name = f"{each.stream_info.bandwidth // 1000} kbit/s"
-            while name in found:  # the same on another server (§4.3.4.2)
-                name += "'"
-            found[name] = each.absolute_uri
-    except MALFORMED:
-        raise Trouble("playlist: malformed") from None
-    if not found:
-        raise Trouble("playlist: no variants in it")
-    return found
+    async def watch(self, channel: Channel) -> None:
+        """Read it again and again; after a 4xx the master has a better URL."""
+        while True:
+            began = clock.now
+            try:
+                wait = await self._poll(channel.http)
+            except Trouble as trouble:
+                self.failures += 1
+                self.trouble = str(trouble)
+                if 400 <= trouble.status < 500:
+                    channel.is_stale.set()
+                # Soon, since players' buffers are small; later once it is dead.
+                wait = self.target / (2 if self.is_dead else 6)
+            await asyncio.sleep(max(0.05, wait - (clock.now - began)))
 
-
-class Variant:
-    """One media playlist of a channel, and what its viewers get."""
-
-    def __init__(self, name: str, url: str, clock: Clock) -> None:
-        self.name, self.url, self._clock = name, url, clock
-        self.target = FIRST_TARGET
-        self.had_at = clock.now  # when the last new thing could be had
-        self.failures = 0  # playlist requests in a row
-        self.trouble = ""  # the last one, since something could be had
-        self.window = Window()
-        self.kbps = self.cc_errors = 0
-        self._newest: int | None = None  # media sequence number of the last segment
-        self._had: int | None = None  # and of the last one that could be had
-        self._older = 0  # playlists in a row that are older than that
-        self._continuity = Continuity()
-
-    @property
-    def silence(self) -> float:
-        """Target durations without anything new."""
-        return (self._clock.now - self.had_at) / self.target
-
-    @property
-    def has_begun(self) -> bool:
-        return self._had is not None
-
-    @property
-    def reason(self) -> str:
-        """Why viewers notice something, if they do."""
-        reason = self.window.reason
-        return f"{self.name}: {reason}" if reason and self.name else reason
-
-    @property
-    def is_dead(self) -> bool:
-        is_failing = self.failures >= 3 and self.silence > DEAD_AFTER
-        return is_failing or self.silence > OFF_AIR_AFTER
-
-    def rejoin(self) -> None:
-        """Try again what could not be had, as a player without a buffer does."""
-        self._newest = self._had
-
-    async def poll(self, http: httpx2.AsyncClient) -> float:
-        """Read the playlist and its new segments; how long to wait from its request on.
-
-        Raises Trouble with a status if the playlist's URL is no good any more.
-        """
-        try:
-            seconds = max(self.target, 2.0)
-            playlist = await read_playlist(http, self.url, seconds)
-            if playlist.is_variant:
-                raise Trouble("playlist: a master where a variant should be", 400)
-        except Trouble as trouble:
-            self.failures += 1
-            self.trouble = str(trouble)
-            if 400 <= trouble.status < 500:
-                raise
-            return self.retry_after
+    async def _poll(self, http: httpx2.AsyncClient) -> float:
+        """Read the playlist and its new segments; how long to wait from then on."""
+        playlist = await read_playlist(http, self.url, max(self.target, 2.0))
         self.failures = 0
         self.target = min(max(1.0, playlist.target_duration or self.target), 30.0)
-        segments = self._new_segments(playlist)
-        for number, segment in segments:
-            await self._take(http, number, segment)
-        if playlist.is_endlist and segments:  # the last one fills less of a buffer
-            self.had_at -= self.target - min(self._length(segments[-1][1]), self.target)
+        segments = self._new(playlist.segments)
+        for segment in segments:
+            await self._take(http, segment)
+        if segments and playlist.is_endlist:  # the last one fills less of a buffer
+            self.had_at -= max(0.0, self.target - segments[-1].duration)
         elif not segments and self.silence > 1:
-            self.trouble = "the stream has ended" if playlist.is_endlist else STUCK
+            has_ended = playlist.is_endlist
+            self.trouble = "the stream has ended" if has_ended else "no new segment"
         return self.target if segments else self.target / 2
 
-    @property
-    def retry_after(self) -> float:
-        """Soon, since players' buffers are small; later once it is dead."""
-        return self.target / (2 if self.is_dead else 6)
-
-    def _length(self, segment: m3u8.Segment) -> float:
-        """In seconds; whatever the playlist says, it is a positive number."""
-        return max(0.1, segment.duration or self.target)
-
-    def _new_segments(self, playlist: m3u8.M3U8) -> list[tuple[int, m3u8.Segment]]:
-        first = playlist.media_sequence or 0
-        segments = list(enumerate(playlist.segments, first))
-        end = first + len(segments) - 1
+    def _new(self, segments: list[m3u8.Segment]) -> list[m3u8.Segment]:
+        """The last three at most (§6.3.3): whoever fell behind skips as well."""
+        if self.is_dead:  # as a player without a buffer tries them again
+            self.newest = self.had
         # A cache may serve an old playlist now and then; an encoder that was started
         # again numbers its segments anew.
-        self._older = self._older + 1 if segments and end < (self._newest or 0) else 0
-        if self._older == 3:
-            self._newest = self._had = None
-        if self._newest is not None:
-            segments = [pair for pair in segments if pair[0] > self._newest]
-        return segments[-3:]  # §6.3.3; whoever fell behind skips as well
+        if segments and segments[-1].media_sequence < self.newest and self.silence > 2:
+            self.had = self.newest = -1
+        return [each for each in segments if each.media_sequence > self.newest][-3:]
 
-    async def _take(
-        self, http: httpx2.AsyncClient, number: int, segment: m3u8.Segment
-    ) -> None:
-        """Download a segment and look at it."""
-        began = self._clock.now
-        if segment.discontinuity or number != (self._newest or 0) + 1:
-            self._continuity = Continuity()
-        self._newest = number
+    async def _take(self, http: httpx2.AsyncClient, segment: m3u8.Segment) -> None:
+        began, number = clock.now, segment.media_sequence
+        if segment.discontinuity or number != self.newest + 1:
+            self.continuity = Continuity()
+        self.newest = number
         try:
             if segment.gap_tag:
                 raise Trouble("segment: marked as missing")
-            body = await read_segment(http, segment, 2 * self.target)
-            took = self._clock.now - began
-            duration = self._length(segment)
-            fault = self._look_at(body, segment)
+            _, body = await fetch(http, "segment", segment.uri, 2 * self.target)
         except Trouble as trouble:
-            self.trouble = str(trouble)
-            self._continuity = Continuity()
-            self.window.add(str(trouble))
+            self.miss(str(trouble))
             return
-        if not fault and took > duration:
-            fault = f"slow: {took:.1f} s for a segment of {duration:.1f} s"
-        self.had_at, self._had, self.trouble = self._clock.now, number, ""
-        self.kbps = round(len(body) * 8 / 1000 / duration)
-        self.window.add(fault)
-
-    def _look_at(self, body: bytes, segment: m3u8.Segment) -> str:
-        """What viewers would notice. Raises Trouble if they would see nothing."""
-        is_encrypted = segment.key and segment.key.method not in (None, "NONE")
-        if is_encrypted or segment.init_section or body[:3] == b"ID3":
-            return "" if body else "segment: empty"
-        if len(body) < PACKET or body[0] != 0x47:
-            raise Trouble("segment: no transport stream")
-        packets = self._continuity.feed(body)
-        if packets.scrambled > packets.seen / 2:
-            raise Trouble("scrambled")
-        errors = packets.errors
-        if len(body) % PACKET or body[::PACKET].strip(b"\x47"):
-            errors += 1
-        self.cc_errors += errors
-        return f"{errors} continuity errors in a segment" if errors else ""
+        took, seconds = clock.now - began, max(0.1, segment.duration)
+        slow = f"slow: {took:.1f} s for a segment of {seconds:.1f} s"
+        is_encrypted = segment.key and segment.key.method != "NONE"
+        is_opaque = is_encrypted or segment.init_section or body[:3] == b"ID3"
+        if self.take(body, seconds, slow if took > seconds else "", bool(is_opaque)):
+            self.had = number
 
 
 # ---- Multicast -----------------------------------------------------------------------
-# The group that the channel is sent on to. A second of it counts as a segment does.
-
-SILENT_AFTER = 3.0  # seconds
+# The group that the channel is sent on to: a second of it is judged as a segment is.
 
 
-class Multicast(asyncio.DatagramProtocol):
+class Group(Stream, asyncio.DatagramProtocol):
     """A member of one group."""
 
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self.window = Window()
-        self.cc_errors = 0
-        self._heard_at = clock.now
-        self._continuity = Continuity()
+    target = 1.0
+    _data = bytearray()
 
     def datagram_received(self, data: bytes, address: Any) -> None:
-        if data[:1] != b"\x47":
-            data = data[12:]  # RTP's header (RFC 3550 §5.1)
-        self._heard_at = self._clock.now
-        self.cc_errors += self._continuity.feed(data).errors
+        self._data += data if data[:1] == b"\x47" else data[12:]  # RTP (RFC 3550 §5.1)
 
-    async def watch(self, group: str, interface: str) -> None:
-        """Join the group, and judge it every second."""
-        loop = asyncio.get_running_loop()
+    async def watch(self, channel: Channel) -> None:
+        """Join udp://@address:port on the interface at an address, and listen."""
+        group, loop = urlsplit(self.url), asyncio.get_running_loop()
         try:
-            receiver = join(group, interface)
-        except (OSError, ValueError, TypeError) as error:
-            self.window.spoil(f"multicast: {error}")
-            return
-        transport, _ = await loop.create_datagram_endpoint(lambda: self, sock=receiver)
-        try:
-            while True:
-                errors, lost = self.cc_errors, self._clock.lost
-                await asyncio.sleep(1)
-                self._judge(self.cc_errors - errors, self._clock.lost > lost)
-        finally:
-            transport.close()
+            member = socket.inet_aton(group.hostname)
+            member += socket.inet_aton(channel.interface)
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
+                receiver.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_000_000)
+                receiver.bind((group.hostname, group.port))
+                receiver.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, member)
+                made = await loop.create_datagram_endpoint(lambda: self, sock=receiver)
+                with closing(made[0]):
+                    await self._judge()
+        except (OSError, ValueError) as error:  # the latter for the port's number
+            self.trouble = str(error)
 
-    def _judge(self, errors: int, was_away: bool) -> None:
-        silence = self._clock.now - self._heard_at
-        if silence > SILENT_AFTER:
-            self.window.add(f"multicast: silent for {silence:.0f} s")
-        elif errors and was_away:  # the packets were lost in this machine
-            self.cc_errors -= errors
-        else:
-            self.window.add(f"multicast: {errors} continuity errors" if errors else "")
-
-
-def join(group: str, interface: str) -> socket.socket:
-    """A socket that hears udp://@address:port alone, on the interface at an address."""
-    url = urlsplit(group)
-    address, port = str(url.hostname), url.port
-    receiver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    try:
-        receiver.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_000_000)
-        receiver.setblocking(False)
-        receiver.bind((address, port))
-        member = socket.inet_aton(address) + socket.inet_aton(interface)
-        receiver.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, member)
-    except (OSError, TypeError):
-        receiver.close()
-        raise
-    return receiver
+    async def _judge(self) -> None:
+        while True:
+            lost = clock.lost
+            await asyncio.sleep(self.target)
+            data, self._data = bytes(self._data), bytearray()
+            if not data:
+                self.trouble = "silent"
+            elif clock.lost > lost:  # packets may have been lost in this machine
+                self.had_at, self.continuity = clock.now, Continuity()
+            else:
+                self.take(data, self.target)
 
 
 # ---- Channels ------------------------------------------------------------------------
-# One task a channel, which owns those of its variants and of its group.
+# One task a channel, which owns those of its variants and of its group. Off-air: all
+# variants are dead for good, so players' buffers are empty. Degraded: viewers notice
+# something.
+
+MASTER_LIFE = 60.0  # seconds after which the variants are read again
 
 
 class Channel:
-    """A channel that is being watched: what it is, and what came of it so far."""
+    """A channel that is being watched, and the report that comes of it."""
 
-    def __init__(self, item: dict[str, Any], clock: Clock, tls: ssl.SSLContext) -> None:
-        self.item, self._clock = item, clock
-        self.variants: dict[str, Variant] = {}
-        self.multicast = Multicast(clock) if item.get("multicast") else None
-        self.state, self.reason, self.since = UNKNOWN, "", int(time.time())
-        self.history: list[dict[str, Any]] = []
-        self._began = clock.now
-        self._trouble = ""  # of the URL itself, at the last request
-        self._failing_since = clock.now  # if there is such trouble
-        self._cc_before = 0  # errors, in an earlier monitor's report
-        self._read_master = asyncio.Event()
+    task: asyncio.Task[None]
+    etag = told = ""  # of the report that the service has: its tag and state
+    told_at = float("-inf")
+
+    def __init__(self, item: dict[str, Any], interface: str) -> None:
+        self.item, self.interface, url = item, interface, item["url"]
+        self.streams: dict[str, Variant | Group] = {"": Variant("", url)}
+        self.report: dict[str, Any] = {"url": url, "state": UNKNOWN, "reason": ""}
+        self.report |= {"since": int(time.time()), "cc_errors": 0, "kbps": 0}
+        self.history: list[dict[str, Any]] = []  # of changes; the last one is now
+        self._trouble, self._failures = "", 0  # of the URL itself
+        self.is_stale = asyncio.Event()  # and is to be read again
         # A client of its own: its cookies may be part of its token, and a hanging
         # origin takes no other channel's connections.
-        self._http = httpx2.AsyncClient(
-            verify=tls, follow_redirects=True, max_redirects=5, timeout=None
+        self.http = httpx2.AsyncClient(
+            verify=TLS, follow_redirects=True, max_redirects=5, timeout=None
         )
 
-    async def run(self, interface: str, delay: float = 0.0) -> None:
-        await asyncio.sleep(delay)
-        async with self._http, asyncio.TaskGroup() as group:
-            if self.multicast:
-                group.create_task(
-                    self.multicast.watch(self.item["multicast"], interface)
-                )
-            tasks: dict[str, asyncio.Task[None]] = {}
+    async def run(self) -> None:
+        tasks: dict[str, asyncio.Task[None]] = {}
+        async with self.http, asyncio.TaskGroup() as group:
             while True:
-                self._read_master.clear()
-                is_good = await self._find_variants()
-                for name in tasks.keys() - self.variants.keys():
+                await self._find_streams()
+                for name in tasks.keys() - self.streams.keys():
                     tasks.pop(name).cancel()
-                for name in self.variants.keys() - tasks.keys():
-                    tasks[name] = group.create_task(self._watch(self.variants[name]))
+                for name in self.streams.keys() - tasks.keys():
+                    tasks[name] = group.create_task(self.streams[name].watch(self))
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(MASTER_LIFE if is_good else 1):
-                        await self._read_master.wait()
+                    async with asyncio.timeout(1 if self._failures else MASTER_LIFE):
+                        await self.is_stale.wait()
+                self.is_stale.clear()
 
-    async def _find_variants(self) -> bool:
+    async def _find_streams(self) -> None:
         """Read the URL; the variants that were known keep what is known of them."""
-        url = self.item["url"]
         try:
-            playlist = await read_playlist(self._http, url, 5)
-            found = named_variants(playlist) if playlist.is_variant else {"": url}
+            playlist = await read_playlist(self.http, self.item["url"], 5)
         except Trouble as trouble:
-            if not self._trouble:
-                self._failing_since = self._clock.now
             self._trouble = str(trouble)
-            return False
-        self._trouble = ""
-        variants = {}
-        for name, address in found.items():
-            known = self.variants.get(name)
-            variants[name] = known or Variant(name, address, self._clock)
-            variants[name].url = address
-        self.variants = variants
-        return True
-
-    async def _watch(self, variant: Variant) -> None:
-        while True:
-            began = self._clock.now
-            try:
-                wait = await variant.poll(self._http)
-            except Trouble:  # its URL is no good any more: the master has the new one
-                wait = variant.retry_after
-                self._read_master.set()
-            await asyncio.sleep(max(0.05, wait - (self._clock.now - began)))
+            self._failures += 1
+            return
+        self._failures, urls = 0, {}
+        for each in playlist.playlists:
+            name = f"{(each.stream_info.bandwidth or 0) // 1000} kbit/s"
+            while name in urls:  # the same on another server (§4.3.4.2)
+                name += "'"
+            urls[name] = each.uri
+        urls = urls or {"": self.item["url"]}
+        if self.item.get("multicast"):
+            urls["multicast"] = self.item["multicast"]
+        known, self.streams = self.streams, {}
+        for name, url in urls.items():
+            kind = Group if name == "multicast" else Variant
+            self.streams[name] = known.get(name) or kind(name, url)
+            self.streams[name].url = url
 
     def judge(self) -> bool:
-        """Look at all there is; has the state changed?"""
+        """Bring the report up to date; has the state changed?"""
         state, reason = self._judge()
-        self.reason = " ".join(reason.split())[:200]
-        if state == self.state:
-            return False
-        self.state, self.since = state, int(time.time())
-        if self.history and self.history[-1]["state"] == state:
-            self.since = self.history[-1]["since"]  # so it was before a restart
-        else:
-            self.history.append(self.change)
-        return True
+        before, now = self.report["state"], int(time.time())
+        self.report |= {"state": state, "reason": " ".join(reason.split())[:200]}
+        self.report |= {"checked": now, "kbps": 0}
+        for each in self.streams.values():
+            self.report["kbps"] = max(self.report["kbps"], each.kbps)
+            self.report["cc_errors"] += each.cc_errors
+            each.cc_errors = 0
+        if state != before:
+            self._follow(
+                {"state": state, "reason": self.report["reason"], "since": now}
+            )
+        return bool(state != before)
 
     def _judge(self) -> tuple[str, str]:
-        variants = self.variants.values()
+        streams = self.streams.values()
+        variants = [each for each in streams if isinstance(each, Variant)]
         if all(each.silence > OFF_AIR_AFTER for each in variants):
-            began = (self._clock.now - self._began) / FIRST_TARGET
-            if not variants and began <= OFF_AIR_AFTER:
-                return self.state, self.reason
-            for each in variants:
-                each.rejoin()
-            troubles = [each.trouble for each in variants if each.trouble]
-            return OFF_AIR, next(iter(troubles), self._trouble or STUCK)
-        if not any(each.has_begun for each in variants):
-            return self.state, self.reason
-        dead = [each for each in variants if each.is_dead]
-        for each in dead if len(dead) < len(variants) else []:
-            each.window.spoil(f"dead: {each.trouble or STUCK}")
-            each.rejoin()
-        if self._trouble and self._clock.now - self._failing_since > FAILING_AFTER:
-            return DEGRADED, f"nobody can tune in: {self._trouble}"
-        reasons = [each.reason for each in variants]
-        if self.multicast:
-            reasons.append(self.multicast.window.reason)
-        for reason in filter(None, reasons):
-            return DEGRADED, reason
-        if len(dead) == len(variants):  # it will be off-air, or go on
-            return self.state, self.reason
-        return ON_AIR, ""
+            troubles = [*(each.trouble for each in variants), self._trouble]
+            return OFF_AIR, next(filter(None, troubles), "")
+        is_new = all(each.had < 0 for each in variants)
+        if is_new or all(each.is_dead for each in variants):
+            return self.report["state"], self.report["reason"]  # not yet
+        for each in streams:
+            if each.is_dead:
+                each.judge(*[f"dead: {each.trouble}"] * 2)
+        reasons = [each.reason for each in streams if each.reason]
+        if self._failures > 9:  # one a second
+            reasons.append(f"nobody can tune in: {self._trouble}")
+        return (DEGRADED, reasons[0]) if reasons else (ON_AIR, "")
 
-    @property
-    def change(self) -> dict[str, Any]:
-        return {"state": self.state, "reason": self.reason, "since": self.since}
-
-    @property
-    def kbps(self) -> int:
-        return max((each.kbps for each in self.variants.values()), default=0)
-
-    @property
-    def cc_errors(self) -> int:
-        """Those that this monitor saw."""
-        errors = sum(each.cc_errors for each in self.variants.values())
-        return errors + (self.multicast.cc_errors if self.multicast else 0)
+    def _follow(self, change: dict[str, Any]) -> None:
+        """Add a change to the history, unless nothing changes."""
+        if not self.history or self.history[-1]["state"] != change["state"]:
+            self.history = [*self.history[-19:], change]
+        self.report |= {"history": self.history, "since": self.history[-1]["since"]}
 
     def continue_from(self, report: dict[str, Any]) -> None:
-        """Go on with the history of an earlier monitor's report."""
-        if report["url"] != self.item["url"]:
-            return
-        merged = list(report["history"] or [])
-        for change in self.history:
-            last = merged[-1] if merged else {"state": "", "since": 0}
-            is_later = change["since"] >= last["since"] and change not in merged
-            if is_later and change["state"] != last["state"]:
-                merged.append(change)
-        self.history = merged
-        if merged and merged[-1]["state"] == self.state:
-            self.since = merged[-1]["since"]
-        before = (report["cc_errors"] or 0) - self.cc_errors
-        self._cc_before = max(self._cc_before, before)
-
-    @property
-    def report(self) -> dict[str, Any]:
-        self.history = self.history[-20:]
-        return self.change | {
-            "url": self.item["url"],
-            "checked": int(time.time()),
-            "kbps": self.kbps,
-            "cc_errors": self._cc_before + self.cc_errors,
-            "history": self.history,
-        }
+        """Go on with the history of another monitor's report."""
+        if report["url"] == self.report["url"]:
+            errors = max(self.report["cc_errors"], report["cc_errors"])
+            self.report["cc_errors"] = errors
+            ours, self.history = self.history, report["history"]
+            for change in ours:
+                if change["since"] >= report["since"] or change is ours[-1]:
+                    self._follow(change)
 
 
 # ---- The service ---------------------------------------------------------------------
-# One login lasts for a session; its short-lived access tokens are refreshed on the way.
-# When the session is about to end, or was ended, the monitor logs in again.
+# One login lasts for a session; its short-lived access tokens are refreshed on the way,
+# by Authlib when they end (leeway=0: by default, each request of a session's last
+# minute refreshes), and by us when they are refused before. When the session is about
+# to end, or was ended, the monitor logs in again.
 
 
 class Service:
     """The station's service, to somebody with an account."""
 
     def __init__(self, url: str, user: str, password: str) -> None:
-        self._user, self._password = user, password
-        self._url = url.rstrip("/")
-        self._session_ends = 0.0
+        self._account = {"username": user, "password": password}
+        self._url, self._session_ends = url.rstrip("/"), 0.0
+        self._channels: tuple[str, dict[str, Any]] = ("", {})  # ETag, and all of them
         self._http = AsyncOAuth2Client(
-            token_endpoint=f"{self._url}/token", update_token=self._keep, timeout=10
+            token_endpoint=f"{self._url}/token", leeway=0, timeout=10
         )
 
     async def request(self, method: str, path: str, **given: Any) -> httpx2.Response:
         """Raises OAuthError if there is no way to log in, HTTPError for much else."""
-        url = path if "://" in path else self._url + path
-        await self._log_in_if_needed()
-        response = await self._ask(method, url, given)
-        if response is None:
-            self._http.token = None
-            await self._log_in_if_needed()
-            response = await self._ask(method, url, given)
-        if response is None:
-            raise OAuthError("invalid_token", "A token that was just given is refused")
-        if response.status_code not in (304, 404, 409, 412):
+        for _ in range(3):
+            if time.time() >= self._session_ends:
+                token = await self._http.fetch_token(
+                    **self._account, grant_type="password"
+                )
+                self._session_ends = time.time() + token["refresh_expires_in"] - 2
+            try:
+                response = await self._http.request(method, self._url + path, **given)
+            except OAuthError:  # the session was ended
+                self._session_ends = 0.0
+                continue
+            if response.status_code != 401:
+                break
+            self._http.token["expires_at"] = 0  # clocks differ
+        if response.status_code not in (304, 404, 412):
             response.raise_for_status()
         return response
 
-    async def _ask(
-        self, method: str, url: str, given: dict[str, Any]
-    ) -> httpx2.Response | None:
-        """The answer, or None if the session is over, perhaps before its time."""
-        try:
-            response: httpx2.Response = await self._http.request(method, url, **given)
-            if response.status_code == 401:  # as clocks differ, and count whole seconds
-                await self._http.refresh_token()
-                response = await self._http.request(method, url, **given)
-        except OAuthError as error:
-            if error.error == "invalid_grant":
-                return None
-            raise
-        return None if response.status_code == 401 else response
-
-    async def _log_in_if_needed(self) -> None:
-        if self._http.token and time.time() < self._session_ends:
-            return
-        token = await self._http.fetch_token(
-            username=self._user, password=self._password, grant_type="password"
-        )
-        await self._keep(token)
-
-    async def _keep(self, token: dict[str, Any], **_: Any) -> None:
-        """Decide when to renew what has just been given.
-
-        No access token outlives its session, so refreshing those of a session's end
-        brings nothing; by Authlib's default, each request of the last minute would.
-        """
-        life, session_life = token["expires_in"], token["refresh_expires_in"]
-        margin = min(60.0, life / 10)
-        self._session_ends = time.time() + session_life - margin
-        self._http.leeway = margin if session_life > life else 0
-
-    async def items(self, path: str, etag: str) -> tuple[dict[str, Any] | None, str]:
-        """A list and its ETag; None if it is still the one with that ETag."""
-        headers = {"If-None-Match": etag} if etag else {}
-        response = await self.request("GET", path, headers=headers)
-        if response.status_code == 304:
-            return None, etag
-        items, etag = response.json(), response.headers["ETag"]
-        while "next" in response.links:  # each page has a tag, the whole has none
-            url = str(response.url.join(response.links["next"]["url"]))
-            response, etag = await self.request("GET", url), ""
-            items |= response.json()
-        return items, etag
-
-
-def say(text: str) -> None:
-    """A line, where no table is."""
-    print(time.strftime("%Y-%m-%d %H:%M:%S"), text, flush=True)
+    async def channels(self) -> dict[str, Any]:
+        """All of them, by id; they are sent only if they have changed."""
+        etag, items = self._channels
+        headers = {"If-None-Match": etag}
+        response = await self.request("GET", "/channels", headers=headers)
+        if response.status_code == 200:
+            etag, items = response.headers["ETag"], response.json()
+            while "next" in response.links:  # each page has a tag, the whole has none
+                query = urlsplit(response.links["next"]["url"]).query
+                response, etag = await self.request("GET", f"/channels?{query}"), ""
+                items |= response.json()
+            self._channels = etag, items
+        return items
 
 
 # ---- Monitor -------------------------------------------------------------------------
 # It watches the channels that the service lists, and puts a report under each one's id
-# when its state changes, and every 30 s. Every 2 s some channel is reported, so whoever
-# stands by knows within seconds that reports stopped. Two that report at the same time
-# do not match each other's ETags: one of them stands by.
+# when its state changes, and every 30 s. The first channel is reported every 2 s, so
+# whoever stands by knows within seconds that reports stopped. Two that report at the
+# same time do not match each other's ETags: one of them stands by.
 
 LIST_EVERY, REPORT_EVERY = 5.0, 30.0
-TAKE_OVER_AFTER = 6.0  # seconds without anybody's report
-NOTHING = float("-inf")
 
 
+@dataclass
 class Monitor:
     """All channels, and what was told of them."""
 
-    def __init__(
-        self, service: Service, interface: str, patience: float = TAKE_OVER_AFTER
-    ) -> None:
-        self.channels: dict[str, Channel] = {}
-        self.is_active = False
-        self.problem = ""  # with the service
-        self.say: Callable[[str], None] = say
-        self.clock = Clock()
-        self._service, self._interface, self._patience = service, interface, patience
-        self._tls = httpx2.create_ssl_context()  # slow to make, so one for all
-        self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._news = asyncio.Event()
-        self._list_etag, self._list_due, self._listed = "", NOTHING, frozenset[str]()
-        self._etags: dict[str, str] = {}  # of reports; "" where there is none yet
-        self._due: dict[str, float] = {}
-        self._reported_at = NOTHING
-        self._states: dict[str, Any] | None = None  # what others report
-        self._states_etag, self._look_due, self._moved_at = "", NOTHING, 0.0
+    service: Service
+    interface: str
+    patience: float = 6.0  # seconds without a report, and this one takes over
+    is_active: bool = False
+    problem: str = ""  # with the service
+    channels: dict[tuple[str, ...], Channel] = field(default_factory=dict)
+    list_due: float = 0.0
+    heard_at: float = 0.0  # when another monitor's report was seen
 
     async def run(self) -> None:
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self.clock.run())
-            group.create_task(self._judge())
-            group.create_task(self._talk())
+        live = Live(
+            get_renderable=lambda: table(self), console=console, refresh_per_second=2
+        )
+        with live if console.is_terminal else nullcontext():
+            await asyncio.gather(self.judge(), self.talk())
 
-    async def _judge(self) -> None:
+    async def judge(self) -> None:
+        last = time.monotonic()
         while True:
-            await asyncio.sleep(0.25)
-            for id, channel in self.channels.items():
+            await asyncio.sleep(TICK)
+            last, before = time.monotonic(), last
+            clock.tick(last - before)
+            for channel in self.channels.values():
                 if channel.judge():
-                    self._due[id] = NOTHING
-                    self._news.set()
-                    name, reason = channel.item["name"], channel.reason
-                    self.say(f"{name}: {channel.state}{reason and f' ({reason})'}")
+                    state, reason = channel.report["state"], channel.report["reason"]
+                    why = reason and f" ({reason})"
+                    say(f"{channel.item['name']}: {state}{why}")
 
-    async def _talk(self) -> None:
+    async def talk(self) -> None:
         """Keep up with the service, through its and its network's outages."""
         while True:
-            wait, problem = 0.5, ""
+            wait, problem = 0.1, ""
             try:
                 await self._read_channels()
-                if not self.is_active:
-                    await self._stand_by()
-                if self.is_active:
-                    await self._report()
-            except httpx2.HTTPStatusError as error:
-                problem = f"HTTP {error.response.status_code}"
-                after = error.response.headers.get("Retry-After", "")
-                wait = min(int(after), 30) if after.isdecimal() else 1
-            except httpx2.HTTPError as error:
-                problem, wait = str(error) or type(error).__name__, 1
-            except OAuthError as error:
-                problem, wait = str(error), 30
-            except MALFORMED:  # such as what a proxy says in the service's place
-                problem, wait = "an answer that is not the service's", 1
-            if problem:
-                self._states = None
+                await self._report()
+            # MALFORMED: such as what a proxy says in the service's place.
+            except (httpx2.HTTPError, OAuthError, *MALFORMED) as error:
+                problem = f"{type(error).__name__} {error}".partition("\n")[0]
+                wait = 30 if isinstance(error, OAuthError) else 1
+                self.heard_at = time.monotonic()  # nobody could report
             if problem != self.problem:
                 self.problem = problem
-                self.say(f"service: {problem or 'answers again'}")
-            self._news.clear()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(wait):
-                    await (asyncio.sleep(wait) if problem else self._news.wait())
+                say(f"service: {problem or 'answers again'}")
+            await asyncio.sleep(wait)
 
     async def _read_channels(self) -> None:
-        now = time.monotonic()
-        if now < self._list_due:
+        """Watch what the service lists, and what has another URL as something else."""
+        if time.monotonic() < self.list_due:
             return
-        items, self._list_etag = await self._service.items("/channels", self._list_etag)
-        self._list_due = now + LIST_EVERY
-        for id, task in self._tasks.items():
-            if task.done():  # by a fault of this program, which must not end the rest
-                self.say(f"{self.channels[id].item['name']}: {task.exception()!r}")
-                self._watch(id, self.channels[id].item)
-        if items is None:
-            return
-        self._listed = frozenset(items)
-        enabled = {id: item for id, item in items.items() if item["enabled"]}
-        for id in self._tasks.keys() - enabled.keys():
-            self._tasks.pop(id).cancel()
-            del self.channels[id], self._due[id]
-        for number, (id, item) in enumerate(enabled.items()):
-            old = self.channels[id].item if id in self.channels else {}
-            if any(old.get(name) != item.get(name) for name in ("url", "multicast")):
-                self._watch(id, item, delay=number / 50)  # no rush at the start
-            self.channels[id].item = item
-
-    def _watch(self, id: str, item: dict[str, Any], delay: float = 0.0) -> None:
-        if id in self._tasks:
-            self._tasks[id].cancel()
-        channel = Channel(item, self.clock, self._tls)
-        self.channels[id], self._due[id] = channel, NOTHING
-        self._etags.pop(id, None)  # what is reported now belongs to another URL
-        self._tasks[id] = asyncio.create_task(channel.run(self._interface, delay))
-
-    async def _stand_by(self) -> None:
-        """Look whether somebody else reports; if nobody does, it is up to us."""
-        now = time.monotonic()
-        if now < self._look_due:
-            return
-        self._look_due = now + self._patience / 3
-        etag = self._states_etag if self._states is not None else ""
-        states, self._states_etag = await self._service.items("/states", etag)
-        if states is not None and states != self._states:
-            self._states, self._moved_at = states, now
-        if not self._states or now - self._moved_at >= self._patience:
-            self.is_active = True
-            self.say("this monitor reports")
+        items = await self.service.channels()
+        self.list_due = time.monotonic() + LIST_EVERY
+        wanted = {
+            (id, item["url"], item["multicast"]): item
+            for id, item in items.items()
+            if item["enabled"]
+        }
+        for key, channel in list(self.channels.items()):
+            if key not in wanted or channel.task.done():  # by a fault of this program
+                channel.task.cancel()
+                del self.channels[key]
+        for key, item in wanted.items():
+            if key not in self.channels:
+                self.channels[key] = channel = Channel(item, self.interface)
+                channel.task = asyncio.create_task(channel.run())
+                await asyncio.sleep(0.02)  # no rush at the start
+            self.channels[key].item = item
 
     async def _report(self) -> None:
-        now = time.monotonic()
-        for id in self._etags.keys() - self._listed:
-            await self._service.request("DELETE", f"/states/{quote(id, safe='')}")
-            del self._etags[id]
-        known = [id for id in self.channels if self.channels[id].state != UNKNOWN]
-        known.sort(key=lambda id: self._due[id])
-        ready = [id for id in known if self._due[id] <= now]
-        if not ready and now - self._reported_at >= self._patience / 3:
-            ready = known[:1]
-        for id in ready:
-            if self.is_active:
-                await self._send(id)
+        """What is due, and what waits longest first, lest one refusal stops all."""
+        known = [key for key, each in self.channels.items() if each.history]
+        for key in sorted(known, key=lambda key: self.channels[key].told_at):
+            channel, is_first = self.channels[key], key == min(known)
+            is_news = channel.told != channel.report["state"]
+            life = self.patience / 3 if is_first else REPORT_EVERY
+            is_due = time.monotonic() - channel.told_at >= life
+            if (is_due or is_news) if self.is_active else (is_due and is_first):
+                await self._send(f"/states/{quote(key[0], safe='')}", channel)
 
-    async def _send(self, id: str) -> None:
-        channel, path = self.channels[id], f"/states/{quote(id, safe='')}"
-        if id not in self._etags:
-            response = await self._service.request("GET", path)
-            self._etags[id] = response.headers.get("ETag", "")
+    async def _send(self, path: str, channel: Channel) -> None:
+        """Put a report, unless somebody else puts them."""
+        now = channel.told_at = time.monotonic()
+        if not channel.etag or not self.is_active:
+            response = await self.service.request("GET", path)
             if response.status_code == 200:
                 channel.continue_from(response.json())
-        etag = self._etags.pop(id)  # if no answer comes, the next try looks first
-        match = {"If-Match": etag} if etag else {"If-None-Match": "*"}
-        self._due[id] = time.monotonic() + 1  # if this fails: again, after the others
-        response = await self._service.request(
+            etag, channel.etag = channel.etag, response.headers.get("ETag", "")
+            if not self.is_active:
+                if etag != channel.etag:
+                    self.heard_at = now
+                if channel.etag and now - self.heard_at < self.patience:
+                    return
+                self.is_active = True
+                say("this monitor reports")
+        match = {"If-Match": channel.etag} if channel.etag else {"If-None-Match": "*"}
+        channel.etag = ""  # if no answer comes, the next try looks first
+        state = channel.report["state"]
+        response = await self.service.request(
             "PUT", path, json=channel.report, headers=match
         )
         if response.status_code == 412:
-            self.is_active, self._states = False, None
-            self._etags.clear()
-            self.say("another monitor reports: this one stands by")
+            self.is_active = False
+            say("another monitor reports: this one stands by")
         else:
-            self._etags[id] = response.headers["ETag"]
-            self._reported_at = time.monotonic()
-            if self._due[id] > NOTHING:  # nothing changed meanwhile
-                self._due[id] = self._reported_at + REPORT_EVERY
+            channel.etag, channel.told = response.headers["ETag"], state
 
 
 # ---- The terminal --------------------------------------------------------------------
 
-COLOURS = {ON_AIR: "green", DEGRADED: "yellow", OFF_AIR: "red", UNKNOWN: "dim"}
+COLOURS = {OFF_AIR: "red", DEGRADED: "yellow", UNKNOWN: "dim", ON_AIR: "green"}
 
 
-async def show(monitor: Monitor) -> None:
-    """A table that is always up to date."""
-    last: deque[str] = deque(maxlen=5)
-    monitor.say = lambda text: last.append(f"{time.strftime('%H:%M:%S')} {text}")
-    with Live(console=Console(), auto_refresh=False) as live:
-        while True:
-            live.update(table(monitor, last), refresh=True)
-            await asyncio.sleep(0.5)
-
-
-def table(monitor: Monitor, last: deque[str]) -> Table:
+def table(monitor: Monitor) -> Table:
     role = "reports" if monitor.is_active else "stands by"
-    notes = Text("\n".join(last))
-    shown = Table(title=f"This monitor {role}", caption=notes, expand=True)
-    for name in ("channel", "state", "reason", "for"):
-        shown.add_column(name)
-    for name in ("kbit/s", "errors"):
-        shown.add_column(name, justify="right")
-    trouble_first = [OFF_AIR, DEGRADED, UNKNOWN, ON_AIR].index
-    for channel in sorted(
-        monitor.channels.values(), key=lambda each: trouble_first(each.state)
-    ):
-        shown.add_row(
-            Text(channel.item["name"]),
-            Text(channel.state, COLOURS[channel.state]),
-            Text(channel.reason),
-            ago(int(time.time()) - channel.since),
-            f"{channel.kbps:,}",
-            f"{channel.cc_errors:,}",
-        )
+    columns = ("channel", "state", "reason", "for", "kbit/s", "errors")
+    shown = Table(*columns, title=f"This monitor {role}", expand=True)
+    rows = [(each.report, each.item["name"]) for each in [*monitor.channels.values()]]
+    for report, name in sorted(rows, key=lambda row: [*COLOURS].index(row[0]["state"])):
+        age = timedelta(seconds=int(time.time()) - report["since"])
+        numbers = (f"{report[each]:,}" for each in ("kbps", "cc_errors"))
+        row = (name, report["state"], report["reason"], str(age), *numbers)
+        shown.add_row(*row, style=COLOURS[report["state"]])
     return shown
-
-
-def ago(seconds: int) -> str:
-    """
-    >>> ago(59), ago(3600), ago(200_000)
-    ('59 s', '60 min', '55 h')
-    """
-    if seconds < 120:
-        return f"{seconds} s"
-    return f"{seconds // 60} min" if seconds < 7200 else f"{seconds // 3600} h"
 
 
 # ---- Main ----------------------------------------------------------------------------
 
 
 def read_m3u(text: str) -> Iterator[dict[str, Any]]:
-    """The channels of a playlist as players keep them.
-
-    >>> info = '#EXTINF:-1 tvg-chno="7" group-title="News, local",City, live'
-    >>> list(read_m3u(f"#EXTM3U\\n{info}\\nhttp://o.example/7.m3u8"))
-    [{'name': 'City, live', 'url': 'http://o.example/7.m3u8', 'number': 7, 'group': 'News, local'}]
-    """  # noqa: E501
-    names = {"tvg-id": "tvg_id", "tvg-logo": "logo", "group-title": "group"}
-    item: dict[str, Any] = {}
+    """The channels of a playlist as players keep them."""
+    name, given = "", {}
     for line in map(str.strip, text.splitlines()):
         if line.startswith("#EXTINF:"):
             given = dict(re.findall(r'([\w-]+)="([^"]*)"', line))
             # The name follows the first comma that stands in no quoted value.
             name = re.sub(r'^[^",]*("[^"]*"[^",]*)*,?', "", line).strip()
-            item = {"name": name, "number": given.get("tvg-chno", "")}
-            item |= {ours: given.get(theirs, "") for theirs, ours in names.items()}
         elif line and not line.startswith("#"):
-            number = int(item["number"]) if item.get("number", "").isdecimal() else None
-            item |= {"name": item.get("name") or line, "url": line, "number": number}
-            order = ("name", "url", "number", "group", "tvg_id", "logo")
-            yield {name: item[name] for name in order if item.get(name)}
-            item = {}
+            number = given.get("tvg-chno", "")
+            yield {
+                "name": name or line,
+                "url": line,
+                "number": int(number) if number.isdecimal() else None,
+                "group": given.get("group-title"),
+                "tvg_id": given.get("tvg-id"),
+                "logo": given.get("tvg-logo"),
+            }
+            name, given = "", {}
 
 
 async def import_m3u(service: Service, text: str) -> int:
     """Add a playlist's channels to the service; those whose URL it has are there."""
-    listed, _ = await service.items("/channels", "")
-    urls = {item["url"] for item in (listed or {}).values()}
+    urls = {item["url"] for item in (await service.channels()).values()}
     added = 0
     for item in read_m3u(text):
         if urlsplit(item["url"]).scheme not in ("http", "https"):
@@ -931,18 +679,6 @@ async def import_m3u(service: Service, text: str) -> int:
             urls.add(item["url"])
             added += 1
     return added
-
-
-async def watch(service: Service, interface: str) -> None:
-    """Until a signal comes."""
-    monitor = Monitor(service, interface)
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(monitor.run())]
-        if sys.stdout.isatty():
-            tasks.append(group.create_task(show(monitor)))
-        for number in (signal.SIGINT, signal.SIGTERM):
-            for task in tasks:
-                asyncio.get_running_loop().add_signal_handler(number, task.cancel)
 
 
 def main() -> None:
@@ -959,8 +695,8 @@ def main() -> None:
             text = options.m3u.read_text(encoding="utf-8-sig", errors="replace")
             print(asyncio.run(import_m3u(service, text)), "channels added")
         else:
-            asyncio.run(watch(service, options.interface))
-    except (OSError, OAuthError, httpx2.HTTPError) as error:
+            asyncio.run(Monitor(service, options.interface).run())
+    except (OSError, OAuthError, httpx2.HTTPError, KeyboardInterrupt) as error:
         sys.exit(str(error))
 
 

