@@ -112,11 +112,11 @@ class Continuity:
 
 
 # ---- Judging -------------------------------------------------------------------------
-# A variant and a multicast group are judged alike, by their last six segments: two bad
-# ones degrade, and only six good ones end that. One is dead when for three target
-# durations nothing new could be had (RFC 8216 §6.3.3 lets players start three segments
-# from the end), or for two when its requests fail as well. A failed playlist request
-# alone is nothing: players try again.
+# Variants and multicast groups are judged alike, by their last six segments: two bad
+# ones degrade, only six good ones end that. One is dead when for three target durations
+# nothing new could be had, as players begin three segments from the end (RFC 8216
+# §6.3.3); or for two when its requests fail as well. A failed playlist request alone is
+# nothing: players try again.
 
 OFF_AIR_AFTER, DEAD_AFTER = 3, 2  # target durations without anything new
 
@@ -124,7 +124,9 @@ OFF_AIR_AFTER, DEAD_AFTER = 3, 2  # target durations without anything new
 class Stream:
     """What viewers receive, and how it has been lately."""
 
+    task: asyncio.Task[None]
     target = 2.0  # its target duration, until a playlist says so
+    is_opaque = False  # encrypted, or no transport stream
 
     def __init__(self, name: str, url: str) -> None:
         self.name, self.url = name, url
@@ -159,12 +161,10 @@ class Stream:
         self.trouble, self.continuity = trouble, Continuity()
         self.judge(trouble)
 
-    def take(
-        self, data: bytes, seconds: float, fault: str = "", is_opaque: bool = False
-    ) -> bool:
+    def take(self, data: bytes, seconds: float, fault: str = "") -> bool:
         """Judge a segment of so many seconds; is there anything to be seen in it?"""
-        errors, scrambled = (0, 0) if is_opaque else self.continuity.feed(data)
-        if not is_opaque and data[:1] != b"\x47":
+        errors, scrambled = (0, 0) if self.is_opaque else self.continuity.feed(data)
+        if not self.is_opaque and data[:1] != b"\x47":
             self.miss("no transport stream")
         elif scrambled > len(data) / PACKET / 2:
             self.miss("scrambled")
@@ -181,7 +181,6 @@ class Stream:
 # playlist itself (RFC 8216). Redirects are followed, and relative URLs resolve against
 # where they led. Playlists are read as often as §6.3.4 lets a player read them.
 
-BODY_BYTES = 100_000_000
 TLS = httpx2.create_ssl_context()  # slow to make, so one for all
 
 
@@ -195,32 +194,29 @@ class Trouble(Exception):
 
 async def fetch(
     http: httpx2.AsyncClient, what: str, url: str, seconds: float
-) -> tuple[str, bytes]:
-    """Where the redirects led, and the body. Raises Trouble."""
-    body = bytearray()
+) -> httpx2.Response:
+    """The whole answer. Raises Trouble."""
     try:
-        async with asyncio.timeout(seconds), http.stream("GET", url) as response:
-            status = response.status_code
-            if status != 200:
-                raise Trouble(f"{what}: HTTP {status}", status)
-            async for part in response.aiter_bytes():
-                body += part
-                if len(body) > BODY_BYTES:  # such as a stream that is no HLS
-                    raise Trouble(f"{what}: endless")
+        async with asyncio.timeout(seconds):
+            response = await http.get(url)
     except (TimeoutError, httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
-        raise Trouble(f"{what}: {str(error) or type(error).__name__}") from None
-    return str(response.url), bytes(body)
+        text = str(error)[:200] or type(error).__name__
+        raise Trouble(f"{what}: {text}") from None
+    if response.status_code != 200:
+        raise Trouble(f"{what}: HTTP {response.status_code}", response.status_code)
+    return response
 
 
 async def read_playlist(
     http: httpx2.AsyncClient, url: str, seconds: float
 ) -> m3u8.M3U8:
     """A master or media playlist with absolute URLs. Raises Trouble."""
-    led_to, body = await fetch(http, "playlist", url, seconds)
-    if not body.startswith(b"#EXTM3U"):  # m3u8 takes HTML for an empty playlist
+    response = await fetch(http, "playlist", url, seconds)
+    text = response.content.decode(errors="replace")
+    if not text.startswith("#EXTM3U"):  # m3u8 takes HTML for an empty playlist
         raise Trouble("playlist: not a playlist")
     try:
-        playlist = m3u8.loads(body.decode(errors="replace"), uri=led_to)
+        playlist = m3u8.loads(text, uri=str(response.url))
         for each in [*playlist.playlists, *playlist.segments]:
             each.uri = each.absolute_uri
     except MALFORMED:
@@ -271,27 +267,28 @@ class Variant(Stream):
         # A cache may serve an old playlist now and then; an encoder that was started
         # again numbers its segments anew.
         if segments and segments[-1].media_sequence < self.newest and self.silence > 2:
-            self.had = self.newest = -1
+            self.had = self.newest = -2
         return [each for each in segments if each.media_sequence > self.newest][-3:]
 
     async def _take(self, http: httpx2.AsyncClient, segment: m3u8.Segment) -> None:
-        began, number = clock.now, segment.media_sequence
-        if segment.discontinuity or number != self.newest + 1:
+        began, seconds = clock.now, max(0.1, segment.duration)
+        if segment.discontinuity or segment.media_sequence != self.newest + 1:
             self.continuity = Continuity()
-        self.newest = number
+        self.newest = segment.media_sequence
         try:
             if segment.gap_tag:
                 raise Trouble("segment: marked as missing")
-            _, body = await fetch(http, "segment", segment.uri, 2 * self.target)
+            response = await fetch(http, "segment", segment.uri, 2 * self.target)
         except Trouble as trouble:
             self.miss(str(trouble))
             return
-        took, seconds = clock.now - began, max(0.1, segment.duration)
-        slow = f"slow: {took:.1f} s for a segment of {seconds:.1f} s"
         is_encrypted = segment.key and segment.key.method != "NONE"
-        is_opaque = is_encrypted or segment.init_section or body[:3] == b"ID3"
-        if self.take(body, seconds, slow if took > seconds else "", bool(is_opaque)):
-            self.had = number
+        is_audio = response.content[:3] == b"ID3"
+        self.is_opaque = bool(is_encrypted or segment.init_section or is_audio)
+        took = clock.now - began
+        slow = f"slow: {took:.1f} s for a segment of {seconds:.1f} s"
+        if self.take(response.content, seconds, slow if took > seconds else ""):
+            self.had = segment.media_sequence
 
 
 # ---- Multicast -----------------------------------------------------------------------
@@ -302,7 +299,6 @@ class Group(Stream, asyncio.DatagramProtocol):
     """A member of one group."""
 
     target = 1.0
-    _data = bytearray()
 
     def datagram_received(self, data: bytes, address: Any) -> None:
         self._data += data if data[:1] == b"\x47" else data[12:]  # RTP (RFC 3550 §5.1)
@@ -310,6 +306,7 @@ class Group(Stream, asyncio.DatagramProtocol):
     async def watch(self, channel: Channel) -> None:
         """Join udp://@address:port on the interface at an address, and listen."""
         group, loop = urlsplit(self.url), asyncio.get_running_loop()
+        self._data = bytearray()
         try:
             member = socket.inet_aton(group.hostname)
             member += socket.inet_aton(channel.interface)
@@ -354,12 +351,13 @@ class Channel:
 
     def __init__(self, item: dict[str, Any], interface: str) -> None:
         self.item, self.interface, url = item, interface, item["url"]
-        self.streams: dict[str, Variant | Group] = {"": Variant("", url)}
+        self.streams: dict[str, Variant | Group] = {}
         self.report: dict[str, Any] = {"url": url, "state": UNKNOWN, "reason": ""}
         self.report |= {"since": int(time.time()), "cc_errors": 0, "kbps": 0}
         self.history: list[dict[str, Any]] = []  # of changes; the last one is now
         self._trouble, self._failures = "", 0  # of the URL itself
-        self.is_stale = asyncio.Event()  # and is to be read again
+        self.is_stale = asyncio.Event()  # and is to be read
+        self.is_stale.set()
         # A client of its own: its cookies may be part of its token, and a hanging
         # origin takes no other channel's connections.
         self.http = httpx2.AsyncClient(
@@ -367,64 +365,60 @@ class Channel:
         )
 
     async def run(self) -> None:
-        tasks: dict[str, asyncio.Task[None]] = {}
+        urls = {"": self.item["url"]}  # one variant, until a master says so
         async with self.http, asyncio.TaskGroup() as group:
             while True:
-                await self._find_streams()
-                for name in tasks.keys() - self.streams.keys():
-                    tasks.pop(name).cancel()
-                for name in self.streams.keys() - tasks.keys():
-                    tasks[name] = group.create_task(self.streams[name].watch(self))
+                for name in self.streams.keys() - urls.keys():
+                    self.streams.pop(name).task.cancel()
+                for name, url in urls.items():
+                    if name not in self.streams:
+                        kind = Group if name == "multicast" else Variant
+                        self.streams[name] = stream = kind(name, url)
+                        stream.task = group.create_task(stream.watch(self))
+                    self.streams[name].url = url
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(1 if self._failures else MASTER_LIFE):
-                        await self.is_stale.wait()
+                    await asyncio.wait_for(self.is_stale.wait(), MASTER_LIFE)
                 self.is_stale.clear()
+                try:
+                    urls = await self._read_urls()
+                    self._failures = 0
+                except Trouble as trouble:
+                    self._trouble = str(trouble)
+                    self._failures += 1
+                    await asyncio.sleep(1)
+                    self.is_stale.set()
 
-    async def _find_streams(self) -> None:
-        """Read the URL; the variants that were known keep what is known of them."""
-        try:
-            playlist = await read_playlist(self.http, self.item["url"], 5)
-        except Trouble as trouble:
-            self._trouble = str(trouble)
-            self._failures += 1
-            return
-        self._failures, urls = 0, {}
-        for each in playlist.playlists:
-            name = f"{(each.stream_info.bandwidth or 0) // 1000} kbit/s"
-            while name in urls:  # the same on another server (§4.3.4.2)
-                name += "'"
-            urls[name] = each.uri
-        urls = urls or {"": self.item["url"]}
-        if self.item.get("multicast"):
-            urls["multicast"] = self.item["multicast"]
-        known, self.streams = self.streams, {}
-        for name, url in urls.items():
-            kind = Group if name == "multicast" else Variant
-            self.streams[name] = known.get(name) or kind(name, url)
-            self.streams[name].url = url
+    async def _read_urls(self) -> dict[str, str]:
+        """Those of the variants and of the group, by names for them."""
+        playlist = await read_playlist(self.http, self.item["url"], 5)
+        urls = {
+            f"variant {n}, {each.stream_info.bandwidth // 1000} kbit/s": each.uri
+            for n, each in enumerate(playlist.playlists, 1)
+        }
+        group = self.item.get("multicast")
+        return (urls or {"": self.item["url"]}) | (
+            {"multicast": group} if group else {}
+        )
 
     def judge(self) -> bool:
         """Bring the report up to date; has the state changed?"""
+        report, before, now = self.report, self.report["state"], int(time.time())
         state, reason = self._judge()
-        before, now = self.report["state"], int(time.time())
-        self.report |= {"state": state, "reason": " ".join(reason.split())[:200]}
-        self.report |= {"checked": now, "kbps": 0}
+        report |= {"state": state, "reason": reason, "checked": now}
+        report["kbps"] = max((each.kbps for each in self.streams.values()), default=0)
         for each in self.streams.values():
-            self.report["kbps"] = max(self.report["kbps"], each.kbps)
-            self.report["cc_errors"] += each.cc_errors
+            report["cc_errors"] += each.cc_errors
             each.cc_errors = 0
         if state != before:
-            self._follow(
-                {"state": state, "reason": self.report["reason"], "since": now}
-            )
+            self._follow({"state": state, "reason": reason, "since": now})
         return bool(state != before)
 
     def _judge(self) -> tuple[str, str]:
         streams = self.streams.values()
         variants = [each for each in streams if isinstance(each, Variant)]
-        if all(each.silence > OFF_AIR_AFTER for each in variants):
-            troubles = [*(each.trouble for each in variants), self._trouble]
-            return OFF_AIR, next(filter(None, troubles), "")
+        if variants and all(each.silence > OFF_AIR_AFTER for each in variants):
+            troubles = [each.trouble for each in variants if each.trouble]
+            return OFF_AIR, next(iter(troubles), self._trouble)
         is_new = all(each.had < 0 for each in variants)
         if is_new or all(each.is_dead for each in variants):
             return self.report["state"], self.report["reason"]  # not yet
@@ -445,8 +439,8 @@ class Channel:
     def continue_from(self, report: dict[str, Any]) -> None:
         """Go on with the history of another monitor's report."""
         if report["url"] == self.report["url"]:
-            errors = max(self.report["cc_errors"], report["cc_errors"])
-            self.report["cc_errors"] = errors
+            before = max(self.report["cc_errors"], report["cc_errors"])
+            self.report["cc_errors"] = before
             ours, self.history = self.history, report["history"]
             for change in ours:
                 if change["since"] >= report["since"] or change is ours[-1]:
@@ -487,6 +481,8 @@ class Service:
             if response.status_code != 401:
                 break
             self._http.token["expires_at"] = 0  # clocks differ
+        else:
+            raise OAuthError("invalid_token", "A token that was just given is refused")
         if response.status_code not in (304, 404, 412):
             response.raise_for_status()
         return response
@@ -588,36 +584,44 @@ class Monitor:
 
     async def _report(self) -> None:
         """What is due, and what waits longest first, lest one refusal stops all."""
-        known = [key for key, each in self.channels.items() if each.history]
-        for key in sorted(known, key=lambda key: self.channels[key].told_at):
-            channel, is_first = self.channels[key], key == min(known)
-            is_news = channel.told != channel.report["state"]
-            life = self.patience / 3 if is_first else REPORT_EVERY
-            is_due = time.monotonic() - channel.told_at >= life
-            if (is_due or is_news) if self.is_active else (is_due and is_first):
-                await self._send(f"/states/{quote(key[0], safe='')}", channel)
+        for key in sorted(self.channels, key=lambda key: self.channels[key].told_at):
+            channel, is_first = self.channels[key], key == min(self.channels)
+            path = f"/states/{quote(key[0], safe='')}"
+            silence = time.monotonic() - channel.told_at
+            if is_first and silence >= self.patience / 3 and not self.is_active:
+                await self._stand_by(path, channel)
+            state = channel.report["state"]
+            is_due = state != channel.told or silence >= REPORT_EVERY
+            is_due = is_due or (is_first and silence >= self.patience / 3)
+            if self.is_active and state != UNKNOWN and is_due:
+                await self._send(path, channel)
+
+    async def _stand_by(self, path: str, channel: Channel) -> None:
+        """Look whether somebody else reports; if nobody does, it is up to us."""
+        now = channel.told_at = time.monotonic()
+        seen = channel.etag
+        await self._look_up(path, channel)
+        if seen != channel.etag:
+            self.heard_at = now
+        if not channel.etag or now - self.heard_at >= self.patience:
+            self.is_active = True
+            say("this monitor reports")
+
+    async def _look_up(self, path: str, channel: Channel) -> None:
+        """Go on from what has been reported of a channel."""
+        response = await self.service.request("GET", path)
+        channel.etag = response.headers.get("ETag", "")
+        if response.status_code == 200:
+            channel.continue_from(response.json())
 
     async def _send(self, path: str, channel: Channel) -> None:
-        """Put a report, unless somebody else puts them."""
-        now = channel.told_at = time.monotonic()
-        if not channel.etag or not self.is_active:
-            response = await self.service.request("GET", path)
-            if response.status_code == 200:
-                channel.continue_from(response.json())
-            etag, channel.etag = channel.etag, response.headers.get("ETag", "")
-            if not self.is_active:
-                if etag != channel.etag:
-                    self.heard_at = now
-                if channel.etag and now - self.heard_at < self.patience:
-                    return
-                self.is_active = True
-                say("this monitor reports")
+        channel.told_at = time.monotonic()
+        if not channel.etag:
+            await self._look_up(path, channel)
         match = {"If-Match": channel.etag} if channel.etag else {"If-None-Match": "*"}
         channel.etag = ""  # if no answer comes, the next try looks first
-        state = channel.report["state"]
-        response = await self.service.request(
-            "PUT", path, json=channel.report, headers=match
-        )
+        state, report = channel.report["state"], channel.report
+        response = await self.service.request("PUT", path, json=report, headers=match)
         if response.status_code == 412:
             self.is_active = False
             say("another monitor reports: this one stands by")
