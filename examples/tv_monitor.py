@@ -22,7 +22,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import closing, nullcontext, suppress
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from getpass import getpass
@@ -30,9 +30,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-import httpx2
 import m3u8
 from authlib.integrations.httpx_client import AsyncOAuth2Client, OAuthError
+from httpx2 import AsyncClient, HTTPError, InvalidURL, Response, create_ssl_context
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -47,29 +47,6 @@ def say(text: str) -> None:
     """A line, above the table if there is one."""
     console.out(time.strftime("%Y-%m-%d %H:%M:%S"), text)
 
-
-# ---- Time ----------------------------------------------------------------------------
-# All judging goes by a clock that stands still while this process gets no processor
-# time: to a monitor that was kept from looking, every answer would seem late.
-
-TICK = 0.1
-
-
-@dataclass
-class Clock:
-    """Seconds during which this process could look, and those that it lost."""
-
-    now: float = 0.0
-    lost: float = 0.0
-
-    def tick(self, elapsed: float) -> None:
-        """So much time has passed since the last tick; no more than two ticks count."""
-        counted = min(elapsed, 2 * TICK)
-        self.now += counted
-        self.lost += elapsed - counted
-
-
-clock = Clock()
 
 # ---- Transport streams ---------------------------------------------------------------
 # MPEG-TS is packets of 188 bytes. Those with payload are numbered 0 to 15 within their
@@ -116,9 +93,24 @@ class Continuity:
 # ones degrade, only six good ones end that. One is dead when for three target durations
 # nothing new could be had, as players begin three segments from the end (RFC 8216
 # §6.3.3); or for two when its requests fail as well. A failed playlist request alone is
-# nothing: players try again.
+# nothing: players try again. And all goes by a clock that stands still while this
+# process gets no processor time: to whoever could not look, every answer seems late.
 
-OFF_AIR_AFTER, DEAD_AFTER = 3, 2  # target durations without anything new
+TICK = 0.1
+
+
+@dataclass
+class Clock:
+    now: float = 0.0
+    lost: float = 0.0  # while it stood still
+
+    def tick(self, elapsed: float) -> None:
+        """So much time has passed since the last tick; no more than two ticks count."""
+        counted = min(elapsed, 2 * TICK)
+        self.now, self.lost = self.now + counted, self.lost + elapsed - counted
+
+
+clock = Clock()
 
 
 class Stream:
@@ -144,8 +136,7 @@ class Stream:
 
     @property
     def is_dead(self) -> bool:
-        is_failing = self.failures >= 3 and self.silence > DEAD_AFTER
-        return is_failing or self.silence > OFF_AIR_AFTER
+        return self.silence > (2 if self.failures >= 3 else 3)
 
     def judge(self, *faults: str) -> None:
         """Add segments; what is wrong with the whole stream counts as two."""
@@ -161,8 +152,8 @@ class Stream:
         self.trouble, self.continuity = trouble, Continuity()
         self.judge(trouble)
 
-    def take(self, data: bytes, seconds: float, fault: str = "") -> bool:
-        """Judge a segment of so many seconds; is there anything to be seen in it?"""
+    def take(self, data: bytes, seconds: float, fault: str = "") -> None:
+        """Judge a segment of so many seconds that could be had."""
         errors, scrambled = (0, 0) if self.is_opaque else self.continuity.feed(data)
         if not self.is_opaque and data[:1] != b"\x47":
             self.miss("no transport stream")
@@ -173,7 +164,6 @@ class Stream:
             self.kbps = round(len(data) * 8 / 1000 / seconds)
             self.cc_errors += errors
             self.judge(f"{errors} continuity errors" if errors else fault)
-        return not self.trouble
 
 
 # ---- HLS -----------------------------------------------------------------------------
@@ -181,35 +171,27 @@ class Stream:
 # playlist itself (RFC 8216). Redirects are followed, and relative URLs resolve against
 # where they led. Playlists are read as often as §6.3.4 lets a player read them.
 
-TLS = httpx2.create_ssl_context()  # slow to make, so one for all
+TLS = create_ssl_context()  # slow to make, so one for all
 
 
 class Trouble(Exception):
-    """What a viewer's player would have met; status is of the answer, if any."""
-
-    def __init__(self, text: str, status: int = 0) -> None:
-        super().__init__(text)
-        self.status = status
+    """What a viewer's player would have met."""
 
 
-async def fetch(
-    http: httpx2.AsyncClient, what: str, url: str, seconds: float
-) -> httpx2.Response:
+async def fetch(http: AsyncClient, what: str, url: str, seconds: float) -> Response:
     """The whole answer. Raises Trouble."""
     try:
         async with asyncio.timeout(seconds):
             response = await http.get(url)
-    except (TimeoutError, httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
+    except (TimeoutError, HTTPError, InvalidURL, ValueError) as error:
         text = str(error)[:200] or type(error).__name__
         raise Trouble(f"{what}: {text}") from None
     if response.status_code != 200:
-        raise Trouble(f"{what}: HTTP {response.status_code}", response.status_code)
+        raise Trouble(f"{what}: HTTP {response.status_code}")
     return response
 
 
-async def read_playlist(
-    http: httpx2.AsyncClient, url: str, seconds: float
-) -> m3u8.M3U8:
+async def read_playlist(http: AsyncClient, url: str, seconds: float) -> m3u8.M3U8:
     """A master or media playlist with absolute URLs. Raises Trouble."""
     response = await fetch(http, "playlist", url, seconds)
     text = response.content.decode(errors="replace")
@@ -227,25 +209,22 @@ async def read_playlist(
 class Variant(Stream):
     """One media playlist of a channel."""
 
-    had = -1  # the number of the last segment that could be had
-    newest = -1  # and of the last one that was tried
+    had = newest = -1  # the numbers of the last segments that could be had, was tried
 
     async def watch(self, channel: Channel) -> None:
-        """Read it again and again; after a 4xx the master has a better URL."""
+        """Read it again and again; if that fails, the master may have a better URL."""
         while True:
             began = clock.now
             try:
                 wait = await self._poll(channel.http)
             except Trouble as trouble:
-                self.failures += 1
-                self.trouble = str(trouble)
-                if 400 <= trouble.status < 500:
-                    channel.is_stale.set()
+                self.failures, self.trouble = self.failures + 1, str(trouble)
+                channel.due = 0.0
                 # Soon, since players' buffers are small; later once it is dead.
                 wait = self.target / (2 if self.is_dead else 6)
             await asyncio.sleep(max(0.05, wait - (clock.now - began)))
 
-    async def _poll(self, http: httpx2.AsyncClient) -> float:
+    async def _poll(self, http: AsyncClient) -> float:
         """Read the playlist and its new segments; how long to wait from then on."""
         playlist = await read_playlist(http, self.url, max(self.target, 2.0))
         self.failures = 0
@@ -267,28 +246,31 @@ class Variant(Stream):
         # A cache may serve an old playlist now and then; an encoder that was started
         # again numbers its segments anew.
         if segments and segments[-1].media_sequence < self.newest and self.silence > 2:
-            self.had = self.newest = -2
+            self.newest = -2
         return [each for each in segments if each.media_sequence > self.newest][-3:]
 
-    async def _take(self, http: httpx2.AsyncClient, segment: m3u8.Segment) -> None:
-        began, seconds = clock.now, max(0.1, segment.duration)
-        if segment.discontinuity or segment.media_sequence != self.newest + 1:
+    async def _take(self, http: AsyncClient, segment: m3u8.Segment) -> None:
+        began, number = clock.now, segment.media_sequence
+        if segment.discontinuity or number != self.newest + 1:
             self.continuity = Continuity()
-        self.newest = segment.media_sequence
+        self.newest = number
         try:
             if segment.gap_tag:
                 raise Trouble("segment: marked as missing")
-            response = await fetch(http, "segment", segment.uri, 2 * self.target)
+            answer = await fetch(http, "segment", segment.uri, 2 * self.target)
         except Trouble as trouble:
             self.miss(str(trouble))
-            return
+        else:
+            self._look_at(answer.content, segment, clock.now - began)
+            self.had = self.had if self.trouble else number
+
+    def _look_at(self, body: bytes, segment: m3u8.Segment, took: float) -> None:
         is_encrypted = segment.key and segment.key.method != "NONE"
-        is_audio = response.content[:3] == b"ID3"
+        is_audio = body[:3] == b"ID3"
         self.is_opaque = bool(is_encrypted or segment.init_section or is_audio)
-        took = clock.now - began
+        seconds = max(0.1, segment.duration)
         slow = f"slow: {took:.1f} s for a segment of {seconds:.1f} s"
-        if self.take(response.content, seconds, slow if took > seconds else ""):
-            self.had = segment.media_sequence
+        self.take(body, seconds, slow if took > seconds else "")
 
 
 # ---- Multicast -----------------------------------------------------------------------
@@ -308,7 +290,7 @@ class Group(Stream, asyncio.DatagramProtocol):
         group, loop = urlsplit(self.url), asyncio.get_running_loop()
         self._data = bytearray()
         try:
-            member = socket.inet_aton(group.hostname)
+            member = socket.inet_aton(str(group.hostname))
             member += socket.inet_aton(channel.interface)
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
                 receiver.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -318,7 +300,7 @@ class Group(Stream, asyncio.DatagramProtocol):
                 made = await loop.create_datagram_endpoint(lambda: self, sock=receiver)
                 with closing(made[0]):
                     await self._judge()
-        except (OSError, ValueError) as error:  # the latter for the port's number
+        except (OSError, ValueError) as error:  # ValueError: the port cannot be
             self.trouble = str(error)
 
     async def _judge(self) -> None:
@@ -348,21 +330,18 @@ class Channel:
     task: asyncio.Task[None]
     etag = told = ""  # of the report that the service has: its tag and state
     told_at = float("-inf")
+    due = 0.0  # when its URL is to be read
 
     def __init__(self, item: dict[str, Any], interface: str) -> None:
         self.item, self.interface, url = item, interface, item["url"]
-        self.streams: dict[str, Variant | Group] = {}
+        self.streams: dict[str, Variant | Group] = {}  # by names for them
         self.report: dict[str, Any] = {"url": url, "state": UNKNOWN, "reason": ""}
         self.report |= {"since": int(time.time()), "cc_errors": 0, "kbps": 0}
         self.history: list[dict[str, Any]] = []  # of changes; the last one is now
         self._trouble, self._failures = "", 0  # of the URL itself
-        self.is_stale = asyncio.Event()  # and is to be read
-        self.is_stale.set()
         # A client of its own: its cookies may be part of its token, and a hanging
         # origin takes no other channel's connections.
-        self.http = httpx2.AsyncClient(
-            verify=TLS, follow_redirects=True, max_redirects=5, timeout=None
-        )
+        self.http = AsyncClient(verify=TLS, follow_redirects=True, timeout=None)
 
     async def run(self) -> None:
         urls = {"": self.item["url"]}  # one variant, until a master says so
@@ -376,29 +355,25 @@ class Channel:
                         self.streams[name] = stream = kind(name, url)
                         stream.task = group.create_task(stream.watch(self))
                     self.streams[name].url = url
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(self.is_stale.wait(), MASTER_LIFE)
-                self.is_stale.clear()
-                try:
-                    urls = await self._read_urls()
-                    self._failures = 0
-                except Trouble as trouble:
-                    self._trouble = str(trouble)
-                    self._failures += 1
-                    await asyncio.sleep(1)
-                    self.is_stale.set()
+                await asyncio.sleep(TICK)
+                if clock.now >= self.due:
+                    urls = await self._read_urls() or urls
 
     async def _read_urls(self) -> dict[str, str]:
-        """Those of the variants and of the group, by names for them."""
-        playlist = await read_playlist(self.http, self.item["url"], 5)
+        """Those of the variants and of the group, by names for them; {} in trouble."""
+        try:
+            playlist = await read_playlist(self.http, self.item["url"], 5)
+        except Trouble as trouble:
+            self._trouble, self._failures = str(trouble), self._failures + 1
+            self.due = clock.now + 1
+            return {}
+        self._failures, self.due = 0, clock.now + MASTER_LIFE
         urls = {
             f"variant {n}, {each.stream_info.bandwidth // 1000} kbit/s": each.uri
             for n, each in enumerate(playlist.playlists, 1)
         }
-        group = self.item.get("multicast")
-        return (urls or {"": self.item["url"]}) | (
-            {"multicast": group} if group else {}
-        )
+        group = {"multicast": self.item.get("multicast")}
+        return (urls or {"": self.item["url"]}) | (group if group["multicast"] else {})
 
     def judge(self) -> bool:
         """Bring the report up to date; has the state changed?"""
@@ -416,7 +391,7 @@ class Channel:
     def _judge(self) -> tuple[str, str]:
         streams = self.streams.values()
         variants = [each for each in streams if isinstance(each, Variant)]
-        if variants and all(each.silence > OFF_AIR_AFTER for each in variants):
+        if variants and all(each.silence > 3 for each in variants):
             troubles = [each.trouble for each in variants if each.trouble]
             return OFF_AIR, next(iter(troubles), self._trouble)
         is_new = all(each.had < 0 for each in variants)
@@ -465,7 +440,7 @@ class Service:
             token_endpoint=f"{self._url}/token", leeway=0, timeout=10
         )
 
-    async def request(self, method: str, path: str, **given: Any) -> httpx2.Response:
+    async def request(self, method: str, path: str, **given: Any) -> Response:
         """Raises OAuthError if there is no way to log in, HTTPError for much else."""
         for _ in range(3):
             if time.time() >= self._session_ends:
@@ -522,7 +497,6 @@ class Monitor:
     problem: str = ""  # with the service
     channels: dict[tuple[str, ...], Channel] = field(default_factory=dict)
     list_due: float = 0.0
-    heard_at: float = 0.0  # when another monitor's report was seen
 
     async def run(self) -> None:
         live = Live(
@@ -551,10 +525,9 @@ class Monitor:
                 await self._read_channels()
                 await self._report()
             # MALFORMED: such as what a proxy says in the service's place.
-            except (httpx2.HTTPError, OAuthError, *MALFORMED) as error:
+            except (HTTPError, OAuthError, *MALFORMED) as error:
                 problem = f"{type(error).__name__} {error}".partition("\n")[0]
                 wait = 30 if isinstance(error, OAuthError) else 1
-                self.heard_at = time.monotonic()  # nobody could report
             if problem != self.problem:
                 self.problem = problem
                 say(f"service: {problem or 'answers again'}")
@@ -586,50 +559,41 @@ class Monitor:
         """What is due, and what waits longest first, lest one refusal stops all."""
         for key in sorted(self.channels, key=lambda key: self.channels[key].told_at):
             channel, is_first = self.channels[key], key == min(self.channels)
-            path = f"/states/{quote(key[0], safe='')}"
-            silence = time.monotonic() - channel.told_at
-            if is_first and silence >= self.patience / 3 and not self.is_active:
-                await self._stand_by(path, channel)
-            state = channel.report["state"]
-            is_due = state != channel.told or silence >= REPORT_EVERY
-            is_due = is_due or (is_first and silence >= self.patience / 3)
-            if self.is_active and state != UNKNOWN and is_due:
-                await self._send(path, channel)
-
-    async def _stand_by(self, path: str, channel: Channel) -> None:
-        """Look whether somebody else reports; if nobody does, it is up to us."""
-        now = channel.told_at = time.monotonic()
-        seen = channel.etag
-        await self._look_up(path, channel)
-        if seen != channel.etag:
-            self.heard_at = now
-        if not channel.etag or now - self.heard_at >= self.patience:
-            self.is_active = True
-            say("this monitor reports")
-
-    async def _look_up(self, path: str, channel: Channel) -> None:
-        """Go on from what has been reported of a channel."""
-        response = await self.service.request("GET", path)
-        channel.etag = response.headers.get("ETag", "")
-        if response.status_code == 200:
-            channel.continue_from(response.json())
+            age = time.monotonic() - channel.told_at
+            is_due = age >= (self.patience / 3 if is_first else REPORT_EVERY)
+            is_news = channel.report["state"] not in (channel.told, UNKNOWN)
+            if (is_due or is_news) if self.is_active else (is_due and is_first):
+                await self._send(f"/states/{quote(key[0], safe='')}", channel)
 
     async def _send(self, path: str, channel: Channel) -> None:
-        channel.told_at = time.monotonic()
+        """Put a report, unless somebody else does."""
+        channel.told_at, state = time.monotonic(), channel.report["state"]
         if not channel.etag:
-            await self._look_up(path, channel)
+            response = await self.service.request("GET", path)
+            if response.status_code == 200:
+                theirs = response.json()
+                channel.continue_from(theirs)
+                if (
+                    not self.is_active
+                    and time.time() - theirs["checked"] < self.patience
+                ):
+                    return
+            channel.etag = response.headers.get("ETag", "")
+        if state == UNKNOWN:
+            return
         match = {"If-Match": channel.etag} if channel.etag else {"If-None-Match": "*"}
-        channel.etag = ""  # if no answer comes, the next try looks first
-        state, report = channel.report["state"], channel.report
+        channel.etag, report = "", channel.report  # if no answer comes, look first
         response = await self.service.request("PUT", path, json=report, headers=match)
-        if response.status_code == 412:
-            self.is_active = False
-            say("another monitor reports: this one stands by")
-        else:
+        is_mine = response.status_code != 412
+        if is_mine:
             channel.etag, channel.told = response.headers["ETag"], state
+        else:  # what was known of the others may be old as well
+            for each in self.channels.values():
+                each.etag = ""
+        if is_mine != self.is_active:
+            self.is_active = is_mine
+            say(f"this monitor {'reports' if is_mine else 'stands by'}")
 
-
-# ---- The terminal --------------------------------------------------------------------
 
 COLOURS = {OFF_AIR: "red", DEGRADED: "yellow", UNKNOWN: "dim", ON_AIR: "green"}
 
@@ -700,7 +664,7 @@ def main() -> None:
             print(asyncio.run(import_m3u(service, text)), "channels added")
         else:
             asyncio.run(Monitor(service, options.interface).run())
-    except (OSError, OAuthError, httpx2.HTTPError, KeyboardInterrupt) as error:
+    except (OSError, OAuthError, HTTPError, KeyboardInterrupt) as error:
         sys.exit(str(error))
 
 

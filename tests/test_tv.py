@@ -758,7 +758,7 @@ def test_the_table_shows_names_as_they_are_and_trouble_first(origin: Origin) -> 
 @asynccontextmanager
 async def monitoring(service: Service) -> AsyncIterator[Monitor]:
     """A monitor that is impatient to take over."""
-    monitor = Monitor(service, "127.0.0.1", patience=1.5)
+    monitor = Monitor(service, "127.0.0.1", patience=3)
     task = asyncio.create_task(monitor.run())
     try:
         yield monitor
