@@ -321,8 +321,6 @@ class Group(Stream, asyncio.DatagramProtocol):
 # variants are dead for good, so players' buffers are empty. Degraded: viewers notice
 # something.
 
-MASTER_LIFE = 60.0  # seconds after which the variants are read again
-
 
 class Channel:
     """A channel that is being watched, and the report that comes of it."""
@@ -339,12 +337,14 @@ class Channel:
         self.report |= {"since": int(time.time()), "cc_errors": 0, "kbps": 0}
         self.history: list[dict[str, Any]] = []  # of changes; the last one is now
         self._trouble, self._failures = "", 0  # of the URL itself
+        group = item.get("multicast")
+        self._group = {"multicast": group} if group else {}
         # A client of its own: its cookies may be part of its token, and a hanging
         # origin takes no other channel's connections.
         self.http = AsyncClient(verify=TLS, follow_redirects=True, timeout=None)
 
     async def run(self) -> None:
-        urls = {"": self.item["url"]}  # one variant, until a master says so
+        urls = {"": self.item["url"]} | self._group  # until a master names variants
         async with self.http, asyncio.TaskGroup() as group:
             while True:
                 for name in self.streams.keys() - urls.keys():
@@ -367,13 +367,14 @@ class Channel:
             self._trouble, self._failures = str(trouble), self._failures + 1
             self.due = clock.now + 1
             return {}
-        self._failures, self.due = 0, clock.now + MASTER_LIFE
-        urls = {
-            f"variant {n}, {each.stream_info.bandwidth // 1000} kbit/s": each.uri
-            for n, each in enumerate(playlist.playlists, 1)
-        }
-        group = {"multicast": self.item.get("multicast")}
-        return (urls or {"": self.item["url"]}) | (group if group["multicast"] else {})
+        self._failures, self.due = 0, clock.now + 60
+        urls = {"": self.item["url"]}
+        if playlist.is_variant:
+            urls = {
+                f"variant {n}, {each.stream_info.bandwidth // 1000} kbit/s": each.uri
+                for n, each in enumerate(playlist.playlists, 1)
+            }
+        return urls | self._group
 
     def judge(self) -> bool:
         """Bring the report up to date; has the state changed?"""
@@ -414,12 +415,14 @@ class Channel:
     def continue_from(self, report: dict[str, Any]) -> None:
         """Go on with the history of another monitor's report."""
         if report["url"] == self.report["url"]:
-            before = max(self.report["cc_errors"], report["cc_errors"])
-            self.report["cc_errors"] = before
+            errors = max(self.report["cc_errors"], report["cc_errors"])
+            self.report["cc_errors"] = errors
             ours, self.history = self.history, report["history"]
             for change in ours:
-                if change["since"] >= report["since"] or change is ours[-1]:
+                if change["since"] >= report["since"]:
                     self._follow(change)
+            if ours:
+                self._follow(ours[-1] | {"since": int(time.time())})
 
 
 # ---- The service ---------------------------------------------------------------------
@@ -480,10 +483,8 @@ class Service:
 # ---- Monitor -------------------------------------------------------------------------
 # It watches the channels that the service lists, and puts a report under each one's id
 # when its state changes, and every 30 s. The first channel is reported every 2 s, so
-# whoever stands by knows within seconds that reports stopped. Two that report at the
-# same time do not match each other's ETags: one of them stands by.
-
-LIST_EVERY, REPORT_EVERY = 5.0, 30.0
+# whoever stands by sees from its age that reports stopped (their clocks must agree).
+# Two that report at once do not match each other's ETags: one of them stands by.
 
 
 @dataclass
@@ -499,9 +500,7 @@ class Monitor:
     list_due: float = 0.0
 
     async def run(self) -> None:
-        live = Live(
-            get_renderable=lambda: table(self), console=console, refresh_per_second=2
-        )
+        live = Live(get_renderable=lambda: table(self), console=console)
         with live if console.is_terminal else nullcontext():
             await asyncio.gather(self.judge(), self.talk())
 
@@ -513,9 +512,8 @@ class Monitor:
             clock.tick(last - before)
             for channel in self.channels.values():
                 if channel.judge():
-                    state, reason = channel.report["state"], channel.report["reason"]
-                    why = reason and f" ({reason})"
-                    say(f"{channel.item['name']}: {state}{why}")
+                    what = "{state} {reason}".format_map(channel.report)
+                    say(f"{channel.item['name']}: {what}")
 
     async def talk(self) -> None:
         """Keep up with the service, through its and its network's outages."""
@@ -538,7 +536,7 @@ class Monitor:
         if time.monotonic() < self.list_due:
             return
         items = await self.service.channels()
-        self.list_due = time.monotonic() + LIST_EVERY
+        self.list_due = time.monotonic() + 5
         wanted = {
             (id, item["url"], item["multicast"]): item
             for id, item in items.items()
@@ -557,12 +555,13 @@ class Monitor:
 
     async def _report(self) -> None:
         """What is due, and what waits longest first, lest one refusal stops all."""
+        first = min(self.channels, default=None)
         for key in sorted(self.channels, key=lambda key: self.channels[key].told_at):
-            channel, is_first = self.channels[key], key == min(self.channels)
+            channel = self.channels[key]
             age = time.monotonic() - channel.told_at
-            is_due = age >= (self.patience / 3 if is_first else REPORT_EVERY)
+            is_due = age >= (self.patience / 3 if key == first else 30)
             is_news = channel.report["state"] not in (channel.told, UNKNOWN)
-            if (is_due or is_news) if self.is_active else (is_due and is_first):
+            if (is_due or is_news) if self.is_active else (is_due and key == first):
                 await self._send(f"/states/{quote(key[0], safe='')}", channel)
 
     async def _send(self, path: str, channel: Channel) -> None:
@@ -571,12 +570,9 @@ class Monitor:
         if not channel.etag:
             response = await self.service.request("GET", path)
             if response.status_code == 200:
-                theirs = response.json()
-                channel.continue_from(theirs)
-                if (
-                    not self.is_active
-                    and time.time() - theirs["checked"] < self.patience
-                ):
+                channel.continue_from(response.json())
+                age = time.time() - response.json()["checked"]
+                if age < self.patience and not self.is_active:
                     return
             channel.etag = response.headers.get("ETag", "")
         if state == UNKNOWN:
@@ -587,7 +583,7 @@ class Monitor:
         is_mine = response.status_code != 412
         if is_mine:
             channel.etag, channel.told = response.headers["ETag"], state
-        else:  # what was known of the others may be old as well
+        else:  # nor are the others as they were
             for each in self.channels.values():
                 each.etag = ""
         if is_mine != self.is_active:
@@ -616,6 +612,7 @@ def table(monitor: Monitor) -> Table:
 
 def read_m3u(text: str) -> Iterator[dict[str, Any]]:
     """The channels of a playlist as players keep them."""
+    labels = {"group": "group-title", "tvg_id": "tvg-id", "logo": "tvg-logo"}
     name, given = "", {}
     for line in map(str.strip, text.splitlines()):
         if line.startswith("#EXTINF:"):
@@ -624,14 +621,9 @@ def read_m3u(text: str) -> Iterator[dict[str, Any]]:
             name = re.sub(r'^[^",]*("[^"]*"[^",]*)*,?', "", line).strip()
         elif line and not line.startswith("#"):
             number = given.get("tvg-chno", "")
-            yield {
-                "name": name or line,
-                "url": line,
-                "number": int(number) if number.isdecimal() else None,
-                "group": given.get("group-title"),
-                "tvg_id": given.get("tvg-id"),
-                "logo": given.get("tvg-logo"),
-            }
+            item: dict[str, Any] = {"name": name or line, "url": line}
+            item["number"] = int(number) if number.isdecimal() else None
+            yield item | {ours: given.get(theirs) for ours, theirs in labels.items()}
             name, given = "", {}
 
 
