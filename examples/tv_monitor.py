@@ -394,6 +394,7 @@ class Channel:
         variants = [each for each in streams if isinstance(each, Variant)]
         if variants and all(each.silence > 3 for each in variants):
             troubles = [each.trouble for each in variants if each.trouble]
+            self._failures = 0  # they count while there is something to tune in to
             return OFF_AIR, next(iter(troubles), self._trouble)
         is_new = all(each.had < 0 for each in variants)
         if is_new or all(each.is_dead for each in variants):

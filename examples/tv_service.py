@@ -21,13 +21,14 @@ from html import escape
 from typing import Any
 
 import prometheus_client as prometheus
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from werkzeug import Response
 from werkzeug import exceptions as http
 
 import service
 from service import Argument, Request, RequestParser, Resource, Route, Text
 
-STATES = ("off-air", "degraded", "unknown", "on air")  # the worst first
+WORST_FIRST = ("off-air", "degraded", "unknown", "on air")
 SILENT_AFTER = 120  # seconds without a report, and a channel's state is unknown
 
 LINE = Text(0, 200, r"[^\x00-\x1f\x7f]*", "one line")
@@ -39,14 +40,12 @@ CHANNEL = [
     Argument("url", URL, required=True),
     Argument("multicast", GROUP, default=""),  # where it is sent on
     Argument("number", int, choices=range(1, 100_000)),
-    Argument("group", LINE, default=""),
-    Argument("tvg_id", LINE, default=""),
-    Argument("logo", LINE, default=""),
+    *[Argument(name, LINE, default="") for name in ("group", "tvg_id", "logo")],
     Argument("enabled", bool, default=True),
 ]
 STATE = [
     Argument("url", URL, required=True),  # what was watched
-    Argument("state", required=True, choices=STATES),
+    Argument("state", required=True, choices=WORST_FIRST),
     Argument("reason", Text(0, 500), default=""),
     Argument("since", int, required=True),  # seconds since 1970, as are all times
     Argument("checked", int, required=True),
@@ -55,10 +54,8 @@ STATE = [
     Argument("history", dict, action="append", default=[]),  # the last one is now
 ]
 # Two, as states in the channels would change the ETag of their list with every report.
-RESOURCES = [
-    Resource("channels", "channel", CHANNEL, shared="operator"),
-    Resource("states", "state", STATE, shared="monitor"),
-]
+CHANNELS = Resource("channels", "channel", CHANNEL, shared="operator")
+STATES = Resource("states", "state", STATE, shared="monitor")
 
 
 def enabled_channels(request: Request) -> list[dict[str, Any]]:
@@ -102,26 +99,26 @@ body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto;
   padding: 1rem; color: #1b1f24; background: #fff }}
 p {{ display: flex; flex-wrap: wrap; gap: 0 1rem; margin: 0; padding: .5rem 0;
   border-top: 1px solid #d5dae0; overflow-wrap: anywhere }}
-b {{ width: 6rem; text-align: center; border-radius: .3rem; color: #fff }}
-strong {{ flex: 1 1 12rem }} i {{ flex: 2 1 12rem }}
+b {{ width: 6rem; align-self: start; text-align: center; border-radius: .3rem }}
+b {{ color: #fff }} strong {{ flex: 1 1 12rem }} i {{ flex: 2 1 12rem }}
 .off-air {{ background: #b3261e }} .degraded {{ background: #8a5a00 }}
 .unknown {{ background: #59636e }} .on {{ background: #1a7f37 }}
 </style><h1>{title}</h1>
 {rows}
 <p>As of {time} UTC.</html>
 """
-ROW = '<p><b class="{state}">{state}</b><strong>{name}</strong><i>{why}</i>{notes}'
+ROW = '<p><b class="{state}">{state}</b><strong>{name}</strong><i>{reason}</i>{notes}'
 
 
 def read_status(request: Request) -> Response:
     """Show how the channels are, trouble first, on a page that refreshes itself"""
     channels, now, rows = enabled_channels(request), int(request.app.clock()), []
-    for each in sorted(channels, key=lambda each: STATES.index(each["state"])):
+    for each in sorted(channels, key=lambda each: WORST_FIRST.index(each["state"])):
         name = escape(f"{each['number'] or ''} {each['name']}")
         notes = f"for {timedelta(seconds=max(0, now - each['since']))}"
         notes += f", {each['kbps']:,} kbit/s, {each['cc_errors']:,} errors"
-        reason = escape(each["reason"])
-        rows.append(ROW.format(state=each["state"], name=name, why=reason, notes=notes))
+        state, reason = each["state"], escape(each["reason"])
+        rows.append(ROW.format(state=state, name=name, reason=reason, notes=notes))
     good = sum(each["state"] == "on air" for each in channels)
     title = f"{good} of {len(channels)} channels on air"
     as_of = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(now))
@@ -133,26 +130,24 @@ def read_status(request: Request) -> Response:
 
 def read_metrics(request: Request) -> Response:
     """Give the states in Prometheus's text format"""
-    registry, names = prometheus.CollectorRegistry(), ["id", "channel"]
-    state = prometheus.Gauge("tv_state", "", [*names, "state"], registry=registry)
-    kbps = prometheus.Gauge("tv_kbps", "", names, registry=registry)
-    errors = prometheus.Counter("tv_cc_errors", "", names, registry=registry)
+    registry, names = CollectorRegistry(), ["id", "channel"]
+    state = Gauge("tv_state", "1 if it is so", [*names, "state"], registry=registry)
+    kbps = Gauge("tv_kbps", "Rate of the last segment", names, registry=registry)
+    errors = Counter("tv_cc_errors", "Continuity errors", names, registry=registry)
     for channel in enabled_channels(request):
         labels = (channel["id"], channel["name"])
-        for each in STATES:
+        for each in WORST_FIRST:
             state.labels(*labels, each).set(each == channel["state"])
         kbps.labels(*labels).set(channel["kbps"])
         errors.labels(*labels).inc(channel["cc_errors"])
-    kind = prometheus.CONTENT_TYPE_LATEST
-    return Response(prometheus.generate_latest(registry), content_type=kind)
+    text, kind = prometheus.generate_latest(registry), prometheus.CONTENT_TYPE_LATEST
+    return Response(text, content_type=kind)
 
 
-def create_app(
-    settings: service.Settings | None = None, key: str | None = None, **options: Any
-) -> service.App:
+def create_app(settings: service.Settings | None = None, **options: Any) -> service.App:
     """The service with the station's data and views; nobody signs up by himself."""
     settings = replace(settings or service.Settings.from_environ(), signup="closed")
-    key = os.environ.get("TV_KEY", "") if key is None else key
+    key = os.environ.get("TV_KEY", "")
     prometheus.disable_created_metrics()  # counters are made for each answer
     query = RequestParser().add_argument("key", default="", location="args")
     query.add_argument("multicast", type=bool, default=False, location="args")
@@ -170,8 +165,8 @@ def create_app(
         Route("GET /status", read_status, is_open=True),
         Route("GET /metrics", read_metrics, is_open=True),
     ]
-    options |= {"resources": RESOURCES, "routes": routes, "title": "TV station"}
-    return service.create_app(settings, **options)
+    options |= {"resources": [CHANNELS, STATES], "routes": routes}
+    return service.create_app(settings, title="TV station", **options)
 
 
 if __name__ == "__main__":
