@@ -336,9 +336,8 @@ class Channel:
         self.report: dict[str, Any] = {"url": url, "state": UNKNOWN, "reason": ""}
         self.report |= {"since": int(time.time()), "cc_errors": 0, "kbps": 0}
         self.history: list[dict[str, Any]] = []  # of changes; the last one is now
-        self._trouble, self._failures = "", 0  # of the URL itself
-        group = item.get("multicast")
-        self._group = {"multicast": group} if group else {}
+        self.trouble, self.failures = "", 0  # with the URL itself, one a second
+        self._group = {"multicast": item["multicast"]} if item["multicast"] else {}
         # A client of its own: its cookies may be part of its token, and a hanging
         # origin takes no other channel's connections.
         self.http = AsyncClient(verify=TLS, follow_redirects=True, timeout=None)
@@ -364,10 +363,10 @@ class Channel:
         try:
             playlist = await read_playlist(self.http, self.item["url"], 5)
         except Trouble as trouble:
-            self._trouble, self._failures = str(trouble), self._failures + 1
+            self.trouble, self.failures = str(trouble), self.failures + 1
             self.due = clock.now + 1
             return {}
-        self._failures, self.due = 0, clock.now + 60
+        self.failures, self.due = 0, clock.now + 60
         urls = {"": self.item["url"]}
         if playlist.is_variant:
             urls = {
@@ -394,8 +393,8 @@ class Channel:
         variants = [each for each in streams if isinstance(each, Variant)]
         if variants and all(each.silence > 3 for each in variants):
             troubles = [each.trouble for each in variants if each.trouble]
-            self._failures = 0  # they count while there is something to tune in to
-            return OFF_AIR, next(iter(troubles), self._trouble)
+            self.failures = 0  # these count while there is something to tune in to
+            return OFF_AIR, next(iter(troubles), self.trouble)
         is_new = all(each.had < 0 for each in variants)
         if is_new or all(each.is_dead for each in variants):
             return self.report["state"], self.report["reason"]  # not yet
@@ -403,8 +402,8 @@ class Channel:
             if each.is_dead:
                 each.judge(*[f"dead: {each.trouble}"] * 2)
         reasons = [each.reason for each in streams if each.reason]
-        if self._failures > 9:  # one a second
-            reasons.append(f"nobody can tune in: {self._trouble}")
+        if self.failures > 9:
+            reasons.append(f"nobody can tune in: {self.trouble}")
         return (DEGRADED, reasons[0]) if reasons else (ON_AIR, "")
 
     def _follow(self, change: dict[str, Any]) -> None:

@@ -29,7 +29,6 @@ import service
 from service import Argument, Request, RequestParser, Resource, Route, Text
 
 WORST_FIRST = ("off-air", "degraded", "unknown", "on air")
-SILENT_AFTER = 120  # seconds without a report, and a channel's state is unknown
 
 LINE = Text(0, 200, r"[^\x00-\x1f\x7f]*", "one line")
 URL = Text(8, 2000, r"https?://[^\s\x00]+", "the URL of an HLS playlist")
@@ -47,10 +46,8 @@ STATE = [
     Argument("url", URL, required=True),  # what was watched
     Argument("state", required=True, choices=WORST_FIRST),
     Argument("reason", Text(0, 500), default=""),
-    Argument("since", int, required=True),  # seconds since 1970, as are all times
-    Argument("checked", int, required=True),
-    Argument("kbps", int, default=0),
-    Argument("cc_errors", int, default=0),
+    *[Argument(name, int, required=True) for name in ("since", "checked")],  # Unix time
+    *[Argument(name, int, default=0) for name in ("kbps", "cc_errors")],
     Argument("history", dict, action="append", default=[]),  # the last one is now
 ]
 # Two, as states in the channels would change the ETag of their list with every report.
@@ -66,7 +63,7 @@ def enabled_channels(request: Request) -> list[dict[str, Any]]:
         report = {"id": id, "since": now, "checked": 0, "kbps": 0, "cc_errors": 0}
         if data["states"].get(id, {}).get("url") == item["url"]:
             report |= data["states"][id]
-        if now - report["checked"] > SILENT_AFTER:
+        if now - report["checked"] > 120:  # the monitor is silent
             report |= {"state": "unknown", "reason": ""}
         if item["enabled"]:
             channels.append(report | item)

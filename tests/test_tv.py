@@ -299,6 +299,9 @@ def sending(
 
 # ---- Watching ------------------------------------------------------------------------
 
+NEWS = {"name": 'News, 24 "HD"', "url": "http://o.example/news.m3u8", "number": 7}
+NEWS |= {"multicast": ""}
+
 FAULTS = {  # what breaks, what that makes of a channel, and the reason that is given
     "stopped": ("off-air", "no new segment"),
     "ended": ("off-air", "the stream has ended"),
@@ -367,7 +370,7 @@ def test_each_fault_is_told_as_what_it_is_and_so_is_its_end(origin: Origin) -> N
     paths = {name: name if name in HEALTHY else str(n) for n, name in names.items()}
     files = dict.fromkeys(paths, "high") | dict.fromkeys(WITH_MASTER, "master")
     items = {
-        name: {"name": name, "url": f"{origin.url}/{path}/{files[name]}.m3u8"}
+        name: NEWS | {"name": name, "url": f"{origin.url}/{path}/{files[name]}.m3u8"}
         for name, path in paths.items()
     }
 
@@ -412,7 +415,6 @@ def test_each_fault_is_told_as_what_it_is_and_so_is_its_end(origin: Origin) -> N
 # ---- A station -----------------------------------------------------------------------
 
 ROLES = {"ann": "operator", "watch": "monitor", "spare": "monitor", "viewer": ""}
-NEWS = {"name": 'News, 24 "HD"', "url": "http://o.example/news.m3u8", "number": 7}
 
 
 class Station:
@@ -751,7 +753,7 @@ def test_a_token_is_refreshed_and_a_session_that_ended_is_begun_anew() -> None:
 def test_the_table_shows_names_as_they_are_and_trouble_first(origin: Origin) -> None:
     monitor = Monitor(Service(origin.url, "watch", PASSWORD), "127.0.0.1")
     for name, state in (("Fine", "on air"), ("[red]Bad[/b]", "off-air")):
-        item = {"name": name, "url": origin.url}
+        item = NEWS | {"name": name}
         monitor.channels[name,] = channel = Channel(item, "127.0.0.1")
         channel.report |= {"state": state, "reason": f"[{state}]"}
     with tv_monitor.console.capture() as captured:
@@ -763,7 +765,7 @@ def test_the_table_shows_names_as_they_are_and_trouble_first(origin: Origin) -> 
 @asynccontextmanager
 async def monitoring(service: Service) -> AsyncIterator[Monitor]:
     """A monitor that is impatient to take over."""
-    monitor = Monitor(service, "127.0.0.1", patience=3)
+    monitor = Monitor(service, "127.0.0.1", patience=2)
     task = asyncio.create_task(monitor.run())
     try:
         yield monitor
