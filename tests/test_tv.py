@@ -14,7 +14,6 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
-from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
@@ -299,8 +298,8 @@ def sending(
 
 # ---- Watching ------------------------------------------------------------------------
 
-NEWS = {"name": 'News, 24 "HD"', "url": "http://o.example/news.m3u8", "number": 7}
-NEWS |= {"multicast": ""}
+NEWS: dict[str, Any] = {"name": 'News, 24 "HD"', "number": 7, "multicast": ""}
+NEWS |= {"url": "http://o.example/news.m3u8"}
 
 FAULTS = {  # what breaks, what that makes of a channel, and the reason that is given
     "stopped": ("off-air", "no new segment"),
@@ -331,85 +330,95 @@ async def until(is_so: Callable[[], Any], what: str, seconds: float = 20) -> Non
         await asyncio.sleep(0.02)
 
 
-def watch(
-    items: dict[str, dict[str, Any]],
-    test: Callable[[dict[str, Channel]], Awaitable[None]],
-) -> None:
-    """Watch and judge channels while the test runs."""
-
-    async def main() -> None:
-        channels = {name: Channel(item, "127.0.0.1") for name, item in items.items()}
-        monitor = Monitor(Service("", "", ""), "")
-        monitor.channels = {(name,): channel for name, channel in channels.items()}
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(channel.run()) for channel in channels.values()]
-            tasks.append(group.create_task(monitor.judge()))
-            await test(channels)
-            for task in tasks:
-                task.cancel()
-
-    asyncio.run(main())
-
-
 def segments_asked(origin: Origin, channel: str) -> list[int]:
     """How often for each."""
     asked = origin.asked.items()
     return [n for path, n in asked if path.startswith(f"/{channel}/") and ".ts" in path]
 
 
-def tells(channel: Channel, state: str, reason: str) -> bool:
-    return channel.report["state"] == state and reason in channel.report["reason"]
-
-
-def history(channel: Channel) -> list[str]:
-    return [change["state"] for change in channel.history]
-
-
 def test_each_fault_is_told_as_what_it_is_and_so_is_its_end(origin: Origin) -> None:
-    names = dict(enumerate([*FAULTS, *HEALTHY]))
-    paths = {name: name if name in HEALTHY else str(n) for n, name in names.items()}
-    files = dict.fromkeys(paths, "high") | dict.fromkeys(WITH_MASTER, "master")
-    items = {
-        name: NEWS | {"name": name, "url": f"{origin.url}/{path}/{files[name]}.m3u8"}
-        for name, path in paths.items()
-    }
+    paths = {name: name.replace(" ", "-") for name in (*FAULTS, *HEALTHY)}
+    channels, groups = {}, {}
+    for name, path in paths.items():
+        file = "master" if name in WITH_MASTER else "high"
+        item = NEWS | {"name": name, "url": f"{origin.url}/{path}/{file}.m3u8"}
+        if "group" in name:
+            groups[path] = group = ("239.255.77.1", free_port())
+            item["multicast"] = f"udp://@{group[0]}:{group[1]}"
+        channels[name,] = Channel(item, "127.0.0.1")
 
-    groups = {}
-    for name in ("silent group", "torn group"):
-        groups[paths[name]] = group = ("239.255.77.1", free_port())
-        items[name]["multicast"] = f"udp://@{group[0]}:{group[1]}"
+    def all_are_on_air() -> bool:
+        return all(each.report["state"] == "on air" for each in channels.values())
 
-    async def test(channels: dict[str, Channel]) -> None:
-        def all_are_on_air() -> bool:
-            return all(
-                channel.report["state"] == "on air" for channel in channels.values()
-            )
+    async def break_and_repair(name: str, state: str, reason: str) -> None:
+        path, report = paths[name], channels[name,].report
+        origin.faults[path] = name
+        await until(
+            lambda: report["state"] == state and reason in report["reason"],
+            f"{name} is told",
+        )
+        del origin.faults[path]
+        if path in origin.frozen:  # its segments are numbered anew
+            origin.begun[path] = origin.frozen.pop(path)
 
-        async def break_and_repair(name: str, state: str, reason: str) -> None:
-            path = paths[name]
-            origin.faults[path] = name
-            await until(partial(tells, channels[name], state, reason), f"{name}: told")
-            del origin.faults[path]
-            if path in origin.frozen:  # its segments are numbered anew
-                origin.begun[path] = origin.frozen.pop(path)
-
+    async def test() -> None:
+        monitor = Monitor(Service("", "", ""), "", channels=channels)
+        watching = [each.run() for each in channels.values()]
+        tasks = [asyncio.create_task(each) for each in (*watching, monitor.judge())]
         await until(all_are_on_air, "all are on air at first")
         await asyncio.gather(
             *(break_and_repair(name, *FAULTS[name]) for name in FAULTS)
         )
         await until(all_are_on_air, "all are on air again")
-        for name, channel in channels.items():
-            states = history(channel)
-            worst, _ = FAULTS.get(name, ("", ""))
-            if worst == "off-air":  # on the way there and back viewers may notice less
-                states = [state for state in states if state != "degraded"]
-            expected = ["on air", worst, "on air"] if worst else ["on air"]
-            assert states == expected, name
-        assert max(segments_asked(origin, "flaky")) == 1
-        assert max(segments_asked(origin, paths["no segments"])) > 1  # it tries again
+        for task in tasks:
+            task.cancel()
 
     with sending(groups, origin.faults):
-        watch(items, test)
+        asyncio.run(test())
+    for (name,), channel in channels.items():
+        states = [change["state"] for change in channel.history]
+        worst, _ = FAULTS.get(name, ("", ""))
+        if worst == "off-air":  # on the way there and back viewers may notice less
+            states = [state for state in states if state != "degraded"]
+        assert states == (["on air", worst, "on air"] if worst else ["on air"]), name
+    assert max(segments_asked(origin, "flaky")) == 1
+    assert max(segments_asked(origin, "no-segments")) > 1  # it tries again
+
+
+def test_a_channel_that_was_long_away_is_on_air_at_once_when_it_is_back() -> None:
+    channel = Channel(NEWS, "127.0.0.1")
+    channel.streams[""] = variant = Variant("", NEWS["url"])
+    variant.had = 7
+    states = []
+    for had_at, failures in ((0, 0), (-7, 20), (0, channel.failures)):
+        variant.had_at = tv_monitor.clock.now + had_at
+        channel.failures = failures
+        channel.judge()
+        states.append(channel.report["state"])
+    assert states == ["on air", "off-air", "on air"]
+
+
+def test_a_master_that_fails_for_long_is_told_while_its_variants_are_good() -> None:
+    channel = Channel(NEWS, "127.0.0.1")
+    channel.streams["low"] = variant = Variant("low", NEWS["url"])
+    variant.had, channel.failures, channel.trouble = 7, 10, "playlist: HTTP 404"
+    assert channel.judge()
+    assert channel.report["reason"] == "nobody can tune in: playlist: HTTP 404"
+
+
+def test_two_monitors_make_one_history() -> None:
+    ours = Channel(NEWS, "127.0.0.1")
+    ours.history = [
+        {"state": "off-air", "since": 90},
+        {"state": "on air", "since": 130},
+    ]
+    begun = [{"state": "on air", "since": 10}, {"state": "off-air", "since": 90}]
+    theirs = ours.report | {"history": begun, "since": 90, "cc_errors": 5}
+    ours.continue_from(theirs)
+    assert [each["since"] for each in ours.report["history"]] == [10, 90, 130]
+    assert ours.report["cc_errors"] == 5
+    ours.continue_from(theirs | {"url": "http://o.example/old.m3u8", "history": []})
+    assert len(ours.history) == 3
 
 
 # ---- A station -----------------------------------------------------------------------
@@ -584,16 +593,12 @@ def test_the_list_may_need_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def names_on(page: str) -> list[str]:
-    return re.findall(r"<strong>7 (\w+)", page)
-
-
 def test_people_see_trouble_first(station: Station) -> None:
     for state in ("on air", "degraded", "off-air"):
         station.tell(station.add(name=state[:2]), state, reason="since <then>")
     station.add(name="new")
     page = station("GET /status").text
-    assert names_on(page) == ["of", "de", "new", "on"]
+    assert re.findall(r"<strong>7 (\w+)", page) == ["of", "de", "new", "on"]
     assert "1 of 4 channels on air" in page
     assert "since &lt;then&gt;" in page
 
@@ -698,42 +703,39 @@ def test_a_playlist_is_imported_once(station: Station, server: BaseWSGIServer) -
     assert list(imported.values()) == list(listed.values())
 
 
+def sessions_after(
+    station: Station, requests: Callable[[Service], Awaitable[None]]
+) -> list[int]:
+    """How often each session of a monitor was refreshed."""
+    with serving(station.app) as server:
+        station.now = time.time()
+        asyncio.run(requests(client(server, "watch")))
+    return station.sessions("watch")
+
+
 @pytest.mark.parametrize("session_life", [30, 1000])
 def test_a_login_is_refreshed_when_its_token_ends_and_not_before(
     session_life: int,
 ) -> None:
-    station = Station(access_ttl=900, refresh_ttl=session_life)
-
     async def requests(watch: Service) -> None:
-        for _ in range(
-            5
-        ):  # by Authlib's default, each in a session's last minute refreshes
+        for _ in range(5):  # by Authlib's default, all but the first refresh
             await watch.channels()
 
-    with serving(station.app) as server:
-        station.now = time.time()
-        asyncio.run(requests(client(server, "watch")))
-    assert station.sessions("watch") == [0]
+    station = Station(access_ttl=900, refresh_ttl=session_life)
+    assert sessions_after(station, requests) == [0]
 
 
 def test_a_token_that_is_refused_before_its_time_is_refreshed() -> None:
-    station = Station(access_ttl=60, refresh_ttl=1000)
-    station.now = time.time()
-
     async def requests(watch: Service) -> None:
         await watch.channels()
         station.now += 61  # the service's clock alone
         await watch.channels()
 
-    with serving(station.app) as server:
-        asyncio.run(requests(client(server, "watch")))
-    assert station.sessions("watch") == [1]
+    station = Station(access_ttl=60, refresh_ttl=1000)
+    assert sessions_after(station, requests) == [1]
 
 
 def test_a_token_is_refreshed_and_a_session_that_ended_is_begun_anew() -> None:
-    station = Station(access_ttl=2, refresh_ttl=1000)
-    station.now = time.time()
-
     async def requests(watch: Service) -> None:
         async with asyncio.timeout(10):
             while not any(station.sessions("watch")):
@@ -745,9 +747,8 @@ def test_a_token_is_refreshed_and_a_session_that_ended_is_begun_anew() -> None:
             data["sessions"].clear()
         await watch.channels()
 
-    with serving(station.app) as server:
-        asyncio.run(requests(client(server, "watch")))
-    assert station.sessions("watch") == [0]
+    station = Station(access_ttl=2, refresh_ttl=1000)
+    assert sessions_after(station, requests) == [0]
 
 
 def test_the_table_shows_names_as_they_are_and_trouble_first(origin: Origin) -> None:
