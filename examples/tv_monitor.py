@@ -38,7 +38,8 @@ from rich.live import Live
 from rich.table import Table
 
 OFF_AIR, DEGRADED, UNKNOWN, ON_AIR = "off-air", "degraded", "unknown", "on air"
-MALFORMED = (ValueError, LookupError, TypeError, AttributeError)  # parsers raise these
+# What parsers raise.
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
 
 console = Console(markup=False, highlight=False)  # names are shown as they are
 
@@ -99,10 +100,10 @@ class Continuity:
 TICK = 0.1
 
 
-@dataclass
 class Clock:
-    now: float = 0.0
-    lost: float = 0.0  # while it stood still
+    """Seconds during which this process could look, and those that it lost."""
+
+    now = lost = 0.0
 
     def tick(self, elapsed: float) -> None:
         """So much time has passed since the last tick; no more than two ticks count."""
@@ -200,7 +201,9 @@ async def read_playlist(http: AsyncClient, url: str, seconds: float) -> m3u8.M3U
     try:
         playlist = m3u8.loads(text, uri=str(response.url))
         for each in [*playlist.playlists, *playlist.segments]:
-            each.uri = each.absolute_uri
+            each.uri = str(each.absolute_uri)
+        for each in playlist.segments:  # m3u8 lets them have none
+            each.duration = max(0.1, float(each.duration))
     except MALFORMED:
         raise Trouble("playlist: malformed") from None
     return playlist
@@ -268,7 +271,7 @@ class Variant(Stream):
         is_encrypted = segment.key and segment.key.method != "NONE"
         is_audio = body[:3] == b"ID3"
         self.is_opaque = bool(is_encrypted or segment.init_section or is_audio)
-        seconds = max(0.1, segment.duration)
+        seconds = segment.duration
         slow = f"slow: {took:.1f} s for a segment of {seconds:.1f} s"
         self.take(body, seconds, slow if took > seconds else "")
 

@@ -181,6 +181,8 @@ class Origin:
             return redirect(f"{request.path}?{now}")
         if fault.startswith("playlist "):
             return Response("no", int(fault.split()[1]))
+        if fault == "malformed":
+            return Response("#EXTM3U\n#EXT-X-BYTERANGE:188@0\n1.ts")
         if fault == "HTML":
             return Response("<html>Please log in</html>")
         if kind == "master":
@@ -287,6 +289,7 @@ FAULTS = {  # what breaks, what that makes of a channel, and the reason that is 
     "playlist 500": ("off-air", "playlist: HTTP 500"),
     "playlist 403": ("off-air", "playlist: HTTP 403"),
     "HTML": ("off-air", "playlist: not a playlist"),
+    "malformed": ("off-air", "playlist: malformed"),
     "loop": ("off-air", "playlist: Exceeded maximum allowed redirects"),
     "no segments": ("off-air", "segment: HTTP 404"),
     "hanging": ("off-air", "playlist: TimeoutError"),
