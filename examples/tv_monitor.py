@@ -4,7 +4,8 @@
     python examples/tv_monitor.py --user monitor1               # watch and report
     python examples/tv_monitor.py --user ann --import list.m3u  # fill the channel list
 
-A second monitor stands by, and takes over when the first one's reports stop.
+A second monitor stands by, and takes over when the first one's reports stop. The
+clocks of their machines must agree within a second or two.
 
 What it does not look at: alternate audio, subtitles, parts of segments (low latency,
 byte ranges), and the inside of what is encrypted or no MPEG transport stream. It
@@ -37,7 +38,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-OFF_AIR, DEGRADED, UNKNOWN, ON_AIR = "off-air", "degraded", "unknown", "on air"
+COLOURS = {"off-air": "red", "degraded": "yellow", "unknown": "dim", "on air": "green"}
+OFF_AIR, DEGRADED, UNKNOWN, ON_AIR = COLOURS  # the worst first
 # What parsers raise.
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
 
@@ -329,7 +331,7 @@ class Channel:
     """A channel that is being watched, and the report that comes of it."""
 
     task: asyncio.Task[None]
-    etag = told = ""  # of the report that the service has: its tag and state
+    etag = ""  # of the report that the service has
     told_at = float("-inf")
     due = 0.0  # when its URL is to be read
 
@@ -339,6 +341,7 @@ class Channel:
         self.report: dict[str, Any] = {"url": url, "state": UNKNOWN, "reason": ""}
         self.report |= {"since": int(time.time()), "cc_errors": 0, "kbps": 0}
         self.history: list[dict[str, Any]] = []  # of changes; the last one is now
+        self.told: list[dict[str, Any]] = []  # the last one that the service has
         self.trouble, self.failures = "", 0  # with the URL itself, one a second
         self._group = {"multicast": item["multicast"]} if item["multicast"] else {}
         # A client of its own: its cookies may be part of its token, and a hanging
@@ -486,8 +489,8 @@ class Service:
 # ---- Monitor -------------------------------------------------------------------------
 # It watches the channels that the service lists, and puts a report under each one's id
 # when its state changes, and every 30 s. The first channel is reported every 2 s, so
-# whoever stands by sees from its age that reports stopped (their clocks must agree).
-# Two that report at once do not match each other's ETags: one of them stands by.
+# whoever stands by sees from the age of that when reports have stopped. Two that report
+# at once do not match each other's ETags: one of them stands by.
 
 
 @dataclass
@@ -563,13 +566,13 @@ class Monitor:
             channel = self.channels[key]
             age = time.monotonic() - channel.told_at
             is_due = age >= (self.patience / 3 if key == first else 30)
-            is_news = channel.report["state"] not in (channel.told, UNKNOWN)
+            is_news = channel.history[-1:] != channel.told
             if (is_due or is_news) if self.is_active else (is_due and key == first):
                 await self._send(f"/states/{quote(key[0], safe='')}", channel)
 
     async def _send(self, path: str, channel: Channel) -> None:
         """Put a report, unless somebody else does."""
-        channel.told_at, state = time.monotonic(), channel.report["state"]
+        channel.told_at = time.monotonic()
         if not channel.etag:
             response = await self.service.request("GET", path)
             if response.status_code == 200:
@@ -578,23 +581,21 @@ class Monitor:
                 if age < self.patience and not self.is_active:
                     return
             channel.etag = response.headers.get("ETag", "")
-        if state == UNKNOWN:
+        if channel.report["state"] == UNKNOWN:
             return
         match = {"If-Match": channel.etag} if channel.etag else {"If-None-Match": "*"}
-        channel.etag, report = "", channel.report  # if no answer comes, look first
+        channel.etag = ""  # if no answer comes, the next try looks first
+        report, change = channel.report, channel.history[-1:]
         response = await self.service.request("PUT", path, json=report, headers=match)
         is_mine = response.status_code != 412
         if is_mine:
-            channel.etag, channel.told = response.headers["ETag"], state
+            channel.etag, channel.told = response.headers["ETag"], change
         else:  # nor are the others as they were
             for each in self.channels.values():
                 each.etag = ""
         if is_mine != self.is_active:
             self.is_active = is_mine
             say(f"this monitor {'reports' if is_mine else 'stands by'}")
-
-
-COLOURS = {OFF_AIR: "red", DEGRADED: "yellow", UNKNOWN: "dim", ON_AIR: "green"}
 
 
 def table(monitor: Monitor) -> Table:
