@@ -6,9 +6,12 @@ import datetime
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from decimal import Decimal
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
+from pkgutil import walk_packages
 from typing import Any, ClassVar
 from uuid import UUID
 
@@ -19,14 +22,14 @@ from openapi_spec_validator import validate
 import service
 from conftest import run, serve
 from service import Argument, Resource, Route
-from test_service import PASSWORD, World
+from test_service import LOGIN, World, each
 
 
-def document_of(world: World, mount: str = "/api") -> dict[str, Any]:
+def document_of(world: World) -> dict[str, Any]:
     """The description, which must be valid OpenAPI 3.1."""
-    answer = world("GET /openapi.json", environ={"SCRIPT_NAME": mount})
-    validate(answer.json)
-    return dict(answer.json)
+    document: dict[str, Any] = world("GET /openapi.json").json
+    validate(document)
+    return document
 
 
 def read_shelf(request: Any, number: int, rest: str) -> Any:
@@ -71,7 +74,6 @@ ARGUMENTS = [
 ]
 
 
-@pytest.fixture
 def library() -> World:
     """A service of somebody's own: resources, one of them shared, and routes."""
     notes = Resource("notes", "note", ARGUMENTS)
@@ -79,11 +81,6 @@ def library() -> World:
     shelf = Route("GET /shelves/<int:number>/<path:rest>", read_shelf, is_open=True)
     lend = Route("POST /lend", lambda request: None, takes=service.RequestParser())
     return World(resources=[notes, rooms], routes=[shelf, lend], title="A library")
-
-
-@pytest.fixture(params=["todos", "library"])
-def described(request: pytest.FixtureRequest, world: World) -> World:
-    return request.getfixturevalue("library") if request.param == "library" else world
 
 
 def operations(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -103,8 +100,9 @@ def parts(value: Any) -> Iterator[dict[str, Any]]:
             yield from parts(each)
 
 
-def test_every_example_is_valid(described: World) -> None:
-    document, count = document_of(described), 0
+@each("make", [World, library])
+def test_every_example_is_valid(make: Callable[[], World]) -> None:
+    document, count = document_of(make()), 0
     for part in parts({name: document[name] for name in ("paths", "components")}):
         schema = part.get("schema", part)
         given = [part["example"]] if "example" in part else []
@@ -116,21 +114,21 @@ def test_every_example_is_valid(described: World) -> None:
     assert count > 5
 
 
-@pytest.mark.parametrize(
-    "sent",
-    [
-        {},
-        {"note": None, "mood": "bad", "tags": ["a"], "parts": "1,2", "nick": "x"},
-        {"price": "0.10", "weight": 1.5, "is_done": "on", "extra": {"a": [1]}},
-        {"due": "2030-01-31", "born": "2030-01-31", "uuid": str(UUID(int=1))},
-        {"country": "SE", "shout": "x", "stars": 5, "colour": "red", "text": "ab"},
-    ],
-)
-def test_items_are_what_their_schema_says(library: World, sent: dict[str, Any]) -> None:
-    alice = library.user()
+NOTES: list[dict[str, Any]] = [
+    {},
+    {"note": None, "mood": "bad", "tags": ["a"], "parts": "1,2", "nick": "x"},
+    {"price": "0.10", "weight": 1.5, "is_done": "on", "extra": {"a": [1]}},
+    {"due": "2030-01-31", "born": "2030-01-31", "uuid": str(UUID(int=1))},
+    {"country": "SE", "shout": "x", "stars": 5, "colour": "red", "text": "ab"},
+]
+
+
+@each("sent", NOTES)
+def test_items_are_what_their_schema_says(sent: dict[str, Any]) -> None:
+    world = library()
+    alice, document = world.user(), document_of(world)
     created = alice("POST /notes", {"title": "T", **sent})
     assert created.status == 201, created.text
-    document = document_of(library)
     answer = operations(document)["POST /notes"]["responses"]["201"]
     schema = answer["content"]["application/json"]["schema"]
     whole = schema | {"components": document["components"]}
@@ -190,59 +188,47 @@ def test_the_service_does_what_its_description_says(tmp_path: Path) -> None:
 
 # ---- A client that is generated -----------------------------------------------------
 
-LIFE = """
-import sys
-from importlib import import_module
-from inspect import signature
-from pkgutil import walk_packages
 
-import todo_client
-from todo_client import AuthenticatedClient, Client
-from todo_client.api.service import post_token
-from todo_client.api.todos import delete_todos_id, get_todos, get_todos_id
-from todo_client.api.todos import patch_todos_id, post_todos, put_todos_id
+def test_a_generated_client_lives_a_todos_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    with serve() as server:
+        server.user("alice")
+        status, said = run(
+            *("openapi-python-client", "generate", "--meta", "none"),
+            *("--fail-on-warning", "--output-path", "todo_client"),
+            *("--url", f"{server.url}/openapi.json"),
+            folder=tmp_path,
+        )
+        assert (status, "arning" in said) == (0, False), said
+        found = [each.name for each in walk_packages([str(tmp_path)])]
+        modules = {name.rpartition(".")[2]: import_module(name) for name in found}
+        described = operations(server("GET /openapi.json").json).values()
+        assert {each["operationId"] for each in described} <= modules.keys()
 
+        def call(name: str, *path: str, options: Any = (), **values: str) -> Any:
+            """An operation, whose body is the first of the kinds that it takes."""
+            given, operation = dict(options), modules[name].sync_detailed
+            if values:
+                kinds = signature(operation).parameters["body"].annotation
+                given["body"] = kinds.__args__[0].from_dict(values)
+            answer = operation(*path, client=client, **given)
+            shown = answer.parsed.to_dict() if answer.parsed else None
+            return answer.status_code, shown, answer.headers.get("ETag")
 
-def body(operation, **values):
-    kinds = signature(operation.sync_detailed).parameters["body"].annotation
-    return kinds.__args__[0].from_dict(values)
-
-
-url, name, password = sys.argv[1:]
-login = body(post_token, grant_type="password", username=name, password=password)
-pair = post_token.sync(client=Client(url), body=login)
-client = AuthenticatedClient(url, pair.access_token)
-created = post_todos.sync(client=client, body=body(post_todos, task="new"))
-assert created.task == "new"
-assert get_todos.sync(client=client).to_dict()["todo4"] == {"task": "new"}
-task = body(put_todos_id, task="replaced")
-replaced = put_todos_id.sync_detailed("x", client=client, body=task)
-assert (replaced.status_code, replaced.parsed.task) == (201, "replaced")
-tag, task = replaced.headers["ETag"], body(patch_todos_id, task="changed")
-changed = patch_todos_id.sync("x", client=client, if_match=tag, body=task)
-assert changed.task == "changed"
-stale = delete_todos_id.sync_detailed("x", client=client, if_match=tag)
-assert stale.status_code == 412
-assert delete_todos_id.sync_detailed("x", client=client).status_code == 204
-assert get_todos_id.sync("x", client=client).message == "Todo x doesn't exist"
-for module in walk_packages(todo_client.__path__, "todo_client."):
-    import_module(module.name)
-print("lived")
-"""
-
-
-def test_a_generated_client_lives_a_todos_life(server: serve, tmp_path: Path) -> None:
-    status, said = run(
-        *("openapi-python-client", "generate", "--meta", "none", "--fail-on-warning"),
-        *("--url", f"{server.url}/openapi.json", "--output-path", "todo_client"),
-        folder=tmp_path,
-    )
-    assert (status, "arning" in said) == (0, False), said
-    document = server("GET /openapi.json").json
-    names = {each["operationId"] for each in operations(document).values()}
-    modules = {path.stem: path for path in tmp_path.glob("todo_client/api/*/*.py")}
-    assert names <= modules.keys()
-    (tmp_path / "life.py").write_text(LIFE)
-    server.user("generated")
-    command = (sys.executable, "life.py", server.url, "generated", PASSWORD)
-    assert run(*command, folder=tmp_path) == (0, "lived\n")
+        kinds = modules["client"]
+        with kinds.Client(server.url) as client:
+            token = call("post_token", **LOGIN)[1]["access_token"]
+        with kinds.AuthenticatedClient(server.url, token) as client:
+            assert call("post_todos", task="new")[:2] == (201, {"task": "new"})
+            assert call("get_todos")[1]["todo4"] == {"task": "new"}
+            status, replaced, tag = call("put_todos_id", "x", task="replaced")
+            assert (status, replaced) == (201, {"task": "replaced"})
+            known = {"if_match": tag}
+            changed = call("patch_todos_id", "x", options=known, task="changed")
+            assert changed[:2] == (200, {"task": "changed"})
+            assert call("delete_todos_id", "x", options=known)[0] == 412
+            assert call("delete_todos_id", "x")[0] == 204
+            missing = {"message": "Todo x doesn't exist"}
+            assert call("get_todos_id", "x")[:2] == (404, missing)
