@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlencode
 
@@ -68,7 +67,7 @@ class Browser(webdriver.Chrome):
 
 
 @pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
+def browser():
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not (chromium and driver):
         pytest.skip("no browser: apt-get install chromium chromium-driver")
@@ -83,13 +82,13 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module", params=["", "/api"])
-def site(request: pytest.FixtureRequest) -> Iterator[serve]:
+def site(request):
     """A service at the root, and one mounted under a prefix."""
     with serve(SCRIPT_NAME=request.param) as running:
         yield running
 
 
-def test_people_log_in_and_create_a_todo(browser: Browser, site: serve) -> None:
+def test_people_log_in_and_create_a_todo(browser, site):
     assert site("POST /users", username="alice", password=PASSWORD).status == 201
     browser.open(site.url + "/")
     assert browser.current_url == site.url + "/docs"
@@ -118,7 +117,7 @@ def test_people_log_in_and_create_a_todo(browser: Browser, site: serve) -> None:
     assert site("GET /todos/todo4", token).json == {"task": "buy milk"}
 
 
-def test_an_operation_is_ready_to_run_as_filled(browser: Browser, site: serve) -> None:
+def test_an_operation_is_ready_to_run_as_filled(browser, site):
     """What is filled in names an item, and no precondition that would fail."""
     browser.open(site.url + "/docs")
     update = "#swagger-ui [id$=patch_todos_id]"
@@ -132,7 +131,7 @@ def test_an_operation_is_ready_to_run_as_filled(browser: Browser, site: serve) -
     assert browser.complaints() == []
 
 
-def test_a_phone_shows_the_page_in_its_own_width(browser: Browser, site: serve) -> None:
+def test_a_phone_shows_the_page_in_its_own_width(browser, site):
     browser.open(site.url + "/docs", width=390)
     browser.see("#swagger-ui .info .title", "To-do service")
     browser.see("#swagger-ui [id$=post_todos]")
@@ -155,7 +154,7 @@ return [answer.status, text && JSON.parse(text), Object.fromEntries(answer.heade
 """
 
 
-def test_a_page_of_a_listed_origin_works_and_no_other(browser: Browser) -> None:
+def test_a_page_of_a_listed_origin_works_and_no_other(browser):
     with (
         Canned(lambda: BLANK) as listed,
         Canned(lambda: BLANK) as other,
@@ -163,7 +162,7 @@ def test_a_page_of_a_listed_origin_works_and_no_other(browser: Browser) -> None:
     ):
         form, bearer = {"Content-Type": FORM}, {"Content-Type": JSON, "X-Trace": "7"}
 
-        def ask(line: str, body: str | None = None, headers: Any = bearer) -> Any:
+        def ask(line, body=None, headers=bearer):
             method, path = line.split()
             return browser.run(FETCH, server.url + path, method, body, headers)
 

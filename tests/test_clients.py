@@ -123,7 +123,7 @@ def hs256(secret: bytes) -> Callable[[bytes], bytes]:
 
 @each("kind", KINDS)
 @pytest.mark.filterwarnings("ignore:EdDSA is deprecated")  # which joserfc still reads
-def test_a_key_signs_tokens_that_others_verify(tmp_path: Path, kind: str) -> None:
+def test_a_key_signs_tokens_that_others_verify(tmp_path, kind):
     world, key, algorithm = signing(tmp_path, kind), key_of(kind), KINDS[kind].algorithm
     keys, token = world(JWKS), world.user().access_token
     members = {"kid": kid_of(kind), "use": "sig", "alg": algorithm}
@@ -146,7 +146,7 @@ def test_a_key_signs_tokens_that_others_verify(tmp_path: Path, kind: str) -> Non
     assert answer_to_bearer(world, damaged) == BAD_TOKEN
 
 
-def test_several_keys_are_published_once_and_the_first_signs(tmp_path: Path) -> None:
+def test_several_keys_are_published_once_and_the_first_signs(tmp_path):
     world = signing(tmp_path, "P-256", "RSA", "Ed25519", "P-256")
     found = [key["alg"] for key in world(JWKS).json["keys"]]
     assert found == ["ES256", "RS256", "EdDSA"]
@@ -154,7 +154,7 @@ def test_several_keys_are_published_once_and_the_first_signs(tmp_path: Path) -> 
 
 
 @each("kind", KINDS)
-def test_refresh_tokens_stay_with_the_secret(tmp_path: Path, kind: str) -> None:
+def test_refresh_tokens_stay_with_the_secret(tmp_path, kind):
     alice, algorithm = signing(tmp_path, kind).user(), KINDS[kind].algorithm
     header, claims = opened(alice.refresh_token)
     assert (header["alg"], header["typ"]) == ("HS256", "rt+jwt")
@@ -166,7 +166,7 @@ def test_refresh_tokens_stay_with_the_secret(tmp_path: Path, kind: str) -> None:
     assert opened(alice.refresh().access_token)[0]["alg"] == algorithm
 
 
-def test_a_first_signing_key_ends_access_tokens_but_no_session(tmp_path: Path) -> None:
+def test_a_first_signing_key_ends_access_tokens_but_no_session(tmp_path):
     old = World().user()
     before, store, clock = old.world, old.world.store, old.world.clock
     after = signing(tmp_path, "Ed25519", store=store, clock=clock)
@@ -177,7 +177,7 @@ def test_a_first_signing_key_ends_access_tokens_but_no_session(tmp_path: Path) -
     assert answer_to_grant(before, new.refresh_token) == "200"
 
 
-def test_keys_are_rotated_without_one_refused_request(tmp_path: Path) -> None:
+def test_keys_are_rotated_without_one_refused_request(tmp_path):
     old, new = "Ed25519#1", "Ed25519#2"
     alice, used = signing(tmp_path, old).user(), []
     store, clock = alice.world.store, alice.world.clock
@@ -209,7 +209,7 @@ FAULTS = {
 
 
 @each("fault", FAULTS)
-def test_a_bad_key_is_a_line_with_variable_and_file(tmp_path: Path, fault: str) -> None:
+def test_a_bad_key_is_a_line_with_variable_and_file(tmp_path, fault):
     path = tmp_path / "key.pem"
     path.write_bytes(output(FAULTS[fault]))
     for bad in (path, tmp_path / "missing.pem", tmp_path, tmp_path / ("x" * 300)):
@@ -240,7 +240,7 @@ class Shop(Guarded):
 
 
 @pytest.fixture
-def shop(request: Any, tmp_path: Path, monkeypatch: Any) -> Iterator[Shop]:
+def shop(request, tmp_path, monkeypatch):
     login = signing(tmp_path, getattr(request, "param", "Ed25519"))
     with Canned(lambda: page(shop.login(JWKS).body)) as issuer:
         shop, real = Shop(login, issuer), time.monotonic
@@ -248,7 +248,7 @@ def shop(request: Any, tmp_path: Path, monkeypatch: Any) -> Iterator[Shop]:
         yield shop
 
 
-def test_a_login_opens_the_shop_which_sees_the_user_and_the_claims(shop: Shop) -> None:
+def test_a_login_opens_the_shop_which_sees_the_user_and_the_claims(shop):
     alice = shop.login.user("alice", roles=["operator"])
     user, _, _, claims = seen_by(shop, alice).json
     assert (user, claims) == ("alice", opened(alice.access_token)[1])
@@ -257,7 +257,7 @@ def test_a_login_opens_the_shop_which_sees_the_user_and_the_claims(shop: Shop) -
     assert answer_to_bearer(shop, by_secret.access_token) == BAD_TOKEN
 
 
-def test_the_shop_closes_within_an_access_life_of_a_logout(shop: Shop) -> None:
+def test_the_shop_closes_within_an_access_life_of_a_logout(shop):
     alice = shop.login.user()
     shop.login("POST /revoke", form={"token": alice.access_token})
     assert not alice.is_in
@@ -267,7 +267,7 @@ def test_the_shop_closes_within_an_access_life_of_a_logout(shop: Shop) -> None:
     assert seen_by(shop, alice).status == 401
 
 
-def test_keys_are_fetched_when_needed_and_kept_for_300_seconds(shop: Shop) -> None:
+def test_keys_are_fetched_when_needed_and_kept_for_300_seconds(shop):
     assert answer_to(shop, None) == NO_TOKEN
     for junk in ("junk", "a.b.c"):
         assert answer_to_bearer(shop, junk) == BAD_TOKEN
@@ -281,13 +281,13 @@ def test_keys_are_fetched_when_needed_and_kept_for_300_seconds(shop: Shop) -> No
     assert "Python-urllib" not in "".join(shop.issuer.agents)
 
 
-def test_one_set_is_fetched_for_twenty_who_come_at_once(shop: Shop) -> None:
+def test_one_set_is_fetched_for_twenty_who_come_at_once(shop):
     alice = shop.login.user()
     assert together(20, lambda n: seen_by(shop, alice).status) == [200] * 20
     assert len(shop.issuer.agents) == 1
 
 
-def test_a_flood_of_unknown_kids_is_no_flood_of_fetches(shop: Shop) -> None:
+def test_a_flood_of_unknown_kids_is_no_flood_of_fetches(shop):
     alice = shop.login.user()
     header, claims = opened(alice.access_token)
     assert seen_by(shop, alice).status == 200
@@ -301,9 +301,7 @@ def test_a_flood_of_unknown_kids_is_no_flood_of_fetches(shop: Shop) -> None:
     assert seen_by(shop, alice).status == 200
 
 
-def test_a_rotated_key_is_found_an_old_one_forgotten(
-    shop: Shop, tmp_path: Path
-) -> None:
+def test_a_rotated_key_is_found_an_old_one_forgotten(shop, tmp_path):
     old, store, clock = shop.login.user(), shop.login.store, shop.login.clock
     assert seen_by(shop, old).status == 200
     shop.login = signing(tmp_path, "P-256", store=store, clock=clock)
@@ -313,7 +311,7 @@ def test_a_rotated_key_is_found_an_old_one_forgotten(
     assert seen_by(shop, old).status == 401
 
 
-def test_an_unreachable_issuer_is_503_until_it_is_back(shop: Shop) -> None:
+def test_an_unreachable_issuer_is_503_until_it_is_back(shop):
     alice, port = shop.login.user(), free_port()
     shop.guard(f"http://127.0.0.1:{port}")
     away = seen_by(shop, alice)
@@ -325,7 +323,7 @@ def test_an_unreachable_issuer_is_503_until_it_is_back(shop: Shop) -> None:
         assert seen_by(shop, alice).status == 200
 
 
-def test_an_issuer_that_is_away_for_less_is_not_missed(shop: Shop) -> None:
+def test_an_issuer_that_is_away_for_less_is_not_missed(shop):
     alice = shop.login.user()
     assert seen_by(shop, alice).status == 200
     shop.issuer.reply = lambda: page(b"", "502 Bad Gateway")
@@ -357,7 +355,7 @@ JUNK = {
 
 
 @each("junk", JUNK)
-def test_a_key_set_that_is_none_is_503(shop: Shop, junk: str) -> None:
+def test_a_key_set_that_is_none_is_503(shop, junk):
     shop.issuer.reply = lambda: JUNK[junk]
     answer = seen_by(shop, shop.login.user())
     assert (answer.status, "Retry-After" in answer.headers) == (503, True)
@@ -373,7 +371,7 @@ def trap() -> Iterator[str]:
             listener.accept()
 
 
-def test_keys_come_over_http_from_the_very_url_that_was_given(shop: Shop) -> None:
+def test_keys_come_over_http_from_the_very_url_that_was_given(shop):
     with trap() as url:
         shop.issuer.reply = lambda: page(b"", "302 Found", f"Location: {url}")
         assert seen_by(shop, shop.login.user()).status == 503
@@ -382,7 +380,7 @@ def test_keys_come_over_http_from_the_very_url_that_was_given(shop: Shop) -> Non
 
 
 @pytest.mark.filterwarnings("ignore:Key size", "ignore::jwt.InsecureKeyLengthWarning")
-def test_symmetric_weak_and_unfit_keys_of_a_key_set_verify_nothing(shop: Shop) -> None:
+def test_symmetric_weak_and_unfit_keys_of_a_key_set_verify_nothing(shop):
     good, secret = key_of("Ed25519"), import_key("s" * 32, "oct")
     curve = import_key(output(FAULTS["P-384"]), "EC")
     weak = import_key(output(FAULTS["RSA of 1024 bits"]), "RSA")
@@ -446,9 +444,7 @@ def forgeries(token: str, key: Any, url: str) -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("shop", KINDS, indirect=True)
-def test_no_token_chooses_how_it_is_verified(
-    shop: Shop, request: pytest.FixtureRequest
-) -> None:
+def test_no_token_chooses_how_it_is_verified(shop, request):
     token = shop.login.user().access_token
     key = key_of(request.node.callspec.params["shop"])
     with trap() as url:
@@ -462,7 +458,7 @@ def test_no_token_chooses_how_it_is_verified(
 
 
 @pytest.fixture(scope="module")
-def issuing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[serve]:
+def issuing(tmp_path_factory):
     """A gunicorn that issues tokens for itself and for one other service."""
     issuer = "http://127.0.0.1:{port}"
     environ = {
@@ -481,7 +477,7 @@ def example(command: str, **environ: str) -> serve:
 
 
 @each("host", "flask django fastapi bare")
-def test_every_kind_of_host_sees_who_logged_in(issuing: serve, host: str) -> None:
+def test_every_kind_of_host_sees_who_logged_in(issuing, host):
     with example(f"{host}_guarded.py", ISSUER=issuing.url, AUDIENCE=SHOP) as shop:
         token = issuing.user(f"a-{host}")
         session = opened(token)[1]["sid"]
@@ -500,7 +496,7 @@ MOUNTS = {
 
 
 @each("host", MOUNTS)
-def test_the_service_lives_under_a_prefix_of_every_kind_of_host(host: str) -> None:
+def test_the_service_lives_under_a_prefix_of_every_kind_of_host(host):
     with example(MOUNTS[host]) as server:
         assert "/api" in server("GET /").text
         account = {"username": "alice", "password": PASSWORD}
@@ -542,14 +538,14 @@ def sessions_at(url: str) -> list[Any]:
     return [authlib, requests]
 
 
-def test_known_clients_refresh_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_known_clients_refresh_by_themselves(monkeypatch):
     monkeypatch.setenv("OAUTHLIB_INSECURE_TRANSPORT", "1")  # it insists on https
     with serve(SERVICE_ACCESS_TTL="2") as server:
         server("POST /users", username="alice", password=PASSWORD)
         sessions = sessions_at(server.url)
         before = [dict(session.token) for session in sessions]
 
-        def wait_until_expired() -> None:
+        def wait_until_expired():
             end = max(session.token["expires_at"] for session in sessions)
             eventually(lambda: time.time() > end)
 
@@ -575,7 +571,7 @@ THINGS = Resource("things", "thing", [Argument("list", type=list)])
 HELLO = Route("GET /hello", lambda request: {"hello": request.user})
 
 
-def test_no_item_nests_deeper_than_every_request_can_read() -> None:
+def test_no_item_nests_deeper_than_every_request_can_read():
     alice = World(resources=[THINGS]).user("alice")
     for levels in (90, 101, 500, 960, 974, 30_000):
         body = b'{"list": ' + b"[" * levels + b"]" * levels + b"}"
@@ -585,7 +581,7 @@ def test_no_item_nests_deeper_than_every_request_can_read() -> None:
     assert alice("PATCH /things/thing1", {"list": []}).json == {"list": []}
 
 
-def test_a_session_that_has_ended_is_401_before_a_view_or_a_password_is_asked() -> None:
+def test_a_session_that_has_ended_is_401_before_a_view_or_a_password_is_asked():
     world = World(routes=[HELLO])
     alice, other = world.user("alice"), world.log_in("alice")
     assert alice("GET /hello").json == {"hello": "alice"}
@@ -596,7 +592,7 @@ def test_a_session_that_has_ended_is_401_before_a_view_or_a_password_is_asked() 
     assert world.log_in("alice").is_in  # which no wrong password has slowed down
 
 
-def test_a_login_by_form_is_read_like_every_other_form() -> None:
+def test_a_login_by_form_is_read_like_every_other_form():
     world = World()
     form = {"username": "bob", "password": "\ufffd" * 15}
     assert world("POST /users", form=form).status == 201
@@ -608,6 +604,6 @@ def test_a_login_by_form_is_read_like_every_other_form() -> None:
         assert latin.status == 400
 
 
-def test_every_page_varies_with_its_origin_even_if_that_is_a_star() -> None:
+def test_every_page_varies_with_its_origin_even_if_that_is_a_star():
     world = World(cors_origins="https://app.example")
     assert world("GET /health", origin="*").headers["Vary"] == "Origin"

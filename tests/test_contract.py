@@ -6,16 +6,14 @@ import datetime
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from decimal import Decimal
 from importlib import import_module
 from inspect import signature
-from pathlib import Path
 from pkgutil import walk_packages
 from typing import Any, ClassVar
 from uuid import UUID
 
-import pytest
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
 
@@ -101,7 +99,7 @@ def parts(value: Any) -> Iterator[dict[str, Any]]:
 
 
 @each("make", [World, library])
-def test_every_example_is_valid(make: Callable[[], World]) -> None:
+def test_every_example_is_valid(make):
     document, count = document_of(make()), 0
     for part in parts({name: document[name] for name in ("paths", "components")}):
         schema = part.get("schema", part)
@@ -124,7 +122,7 @@ NOTES: list[dict[str, Any]] = [
 
 
 @each("sent", NOTES)
-def test_items_are_what_their_schema_says(sent: dict[str, Any]) -> None:
+def test_items_are_what_their_schema_says(sent):
     world = library()
     alice, document = world.user(), document_of(world)
     created = alice("POST /notes", {"title": "T", **sent})
@@ -153,7 +151,7 @@ checks.positive_data_acceptance.expected-statuses = ["2xx", "3xx", "4xx"]
 """
 
 
-def test_the_service_does_what_its_description_says(tmp_path: Path) -> None:
+def test_the_service_does_what_its_description_says(tmp_path):
     """Schemathesis makes up requests, whole sequences too, and checks each answer.
 
     The bearer's password is none of the examples, so that no request ends the account.
@@ -189,9 +187,7 @@ def test_the_service_does_what_its_description_says(tmp_path: Path) -> None:
 # ---- A client that is generated -----------------------------------------------------
 
 
-def test_a_generated_client_lives_a_todos_life(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_generated_client_lives_a_todos_life(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with serve() as server:
         server.user("alice")
@@ -207,7 +203,7 @@ def test_a_generated_client_lives_a_todos_life(
         described = operations(server("GET /openapi.json").json).values()
         assert {each["operationId"] for each in described} <= modules.keys()
 
-        def call(name: str, *path: str, options: Any = (), **values: str) -> Any:
+        def call(name, *path, options=(), **values):
             """An operation, whose body is the first of the kinds that it takes."""
             given, operation = dict(options), modules[name].sync_detailed
             if values:

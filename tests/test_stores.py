@@ -37,7 +37,7 @@ from hypothesis.stateful import (
 )
 
 import service
-from conftest import Postgres, eventually, run, serve
+from conftest import eventually, run, serve
 from test_service import CHEAP_HASH, MOUNT, PASSWORD, SECRET, User, World, together
 
 SQL = pytest.mark.parametrize("store_url", ["sqlite", "postgres"], indirect=True)
@@ -77,7 +77,7 @@ def sql(url: str, statement: str) -> list[Any]:
 # ---- The contract -------------------------------------------------------------------
 
 
-def test_keys_come_in_the_order_of_their_creation(store: Any) -> None:
+def test_keys_come_in_the_order_of_their_creation(store):
     put(store, "b", "a", "c")
     put(store, "0")
     put(store, "a", task="overwritten")  # it keeps its place
@@ -89,7 +89,7 @@ def test_keys_come_in_the_order_of_their_creation(store: Any) -> None:
     assert items(store)["a"] == {"task": "overwritten"}
 
 
-def test_keys_and_values_are_of_any_script(store: Any) -> None:
+def test_keys_and_values_are_of_any_script(store):
     texts = ["ключ", "键", "🗝️", "e\u0301", "é", "'; DROP TABLE items; --", "%s", "\\"]
     for text in texts:
         put(store, text, **{text: [text, {text: text}]})
@@ -101,7 +101,7 @@ def test_keys_and_values_are_of_any_script(store: Any) -> None:
 
 
 @pytest.mark.parametrize("error", [LookupError, KeyboardInterrupt, ValueError])
-def test_a_block_that_raises_leaves_nothing_behind(store: Any, error: Any) -> None:
+def test_a_block_that_raises_leaves_nothing_behind(store, error):
     put(store, "a", "b")
     with store.write("alice") as data:
         data["sessions"]["s"] = {"gen": 1}
@@ -123,7 +123,7 @@ def test_a_block_that_raises_leaves_nothing_behind(store: Any, error: Any) -> No
     assert store.read("new") == store.read("nobody")
 
 
-def test_what_was_read_is_a_value_of_its_own(store: Any) -> None:
+def test_what_was_read_is_a_value_of_its_own(store):
     with store.write("alice") as data:
         data["account"]["roles"] = ["operator"]
         data["todos"]["a"] = {"tags": ["x"]}
@@ -140,7 +140,7 @@ def test_what_was_read_is_a_value_of_its_own(store: Any) -> None:
     assert items(store)["a"] == {"tags": ["x"]}
 
 
-def test_nobody_sees_a_write_before_its_block_ends(store: Any) -> None:
+def test_nobody_sees_a_write_before_its_block_ends(store):
     put(store, "a")
     seen: list[list[str]] = []
     reader = threading.Thread(target=lambda: seen.append(list(items(store))))
@@ -159,10 +159,10 @@ def second(store: Any, url: str) -> Any:
     return store if url == "memory:" else service.open_store(url)
 
 
-def test_one_users_writes_come_one_after_the_other(store: Any, store_url: str) -> None:
+def test_one_users_writes_come_one_after_the_other(store, store_url):
     stores = [store, second(store, store_url)]
 
-    def count(number: int) -> None:
+    def count(number):
         for _ in range(10):
             with stores[number % 2].write("alice") as data:
                 last = data["account"].get("last", 0)
@@ -229,7 +229,7 @@ class StoreAgainstDict(RuleBasedStateMachine):
         assert data["account"].get("n", 0) == self.changes[user]
 
 
-def test_a_store_does_what_a_plain_dict_does(store: Any) -> None:
+def test_a_store_does_what_a_plain_dict_does(store):
     machine = type("Machine", (StoreAgainstDict,), {"store": store})
     run_state_machine_as_test(machine, settings=A_FEW_SECONDS)
 
@@ -238,7 +238,7 @@ def test_a_store_does_what_a_plain_dict_does(store: Any) -> None:
 
 
 @pytest.fixture
-def worlds(store: Any, store_url: str) -> list[World]:
+def worlds(store, store_url):
     """Two processes, as it were, over one store."""
     first = World(store=store)
     return [first, World(store=second(store, store_url), clock=first.clock)]
@@ -249,10 +249,10 @@ def at(worlds: list[World], number: int, user: User) -> User:
     return User(worlds[number % len(worlds)], user.name, user.pair)
 
 
-def test_fifty_posts_at_once_give_fifty_ids(worlds: list[World]) -> None:
+def test_fifty_posts_at_once_give_fifty_ids(worlds):
     alice = worlds[0].user()
 
-    def post(number: int) -> str:
+    def post(number):
         answer = at(worlds, number, alice)("POST /todos", {"task": str(number)})
         return str(answer.headers["Location"])
 
@@ -261,19 +261,19 @@ def test_fifty_posts_at_once_give_fifty_ids(worlds: list[World]) -> None:
     assert list(alice("GET /todos").json) == [f"todo{n}" for n in range(1, 54)]
 
 
-def test_of_sixteen_writers_with_one_etag_one_wins(worlds: list[World]) -> None:
+def test_of_sixteen_writers_with_one_etag_one_wins(worlds):
     alice = worlds[0].user()
     for _ in range(3):
         tag = alice("GET /todos/todo1").headers["ETag"]
 
-        def write(number: int, tag: str = tag) -> int:
+        def write(number, tag=tag):
             user, task = at(worlds, number, alice), {"task": os.urandom(4).hex()}
             return user("PUT /todos/todo1", task, if_match=tag).status
 
         assert Counter(together(16, write)) == {201: 1, 412: 15}
 
 
-def test_refreshes_at_once_give_one_successor_that_works(worlds: list[World]) -> None:
+def test_refreshes_at_once_give_one_successor_that_works(worlds):
     alice = worlds[0].user()
     for _ in range(3):
         renewed = together(16, lambda n: at(worlds, n, alice).refresh())  # noqa: B023
@@ -282,7 +282,7 @@ def test_refreshes_at_once_give_one_successor_that_works(worlds: list[World]) ->
         assert renewed[0].refresh_token != alice.refresh_token
         alice = renewed[0]
 
-    def refresh_or_log_out(number: int) -> None:
+    def refresh_or_log_out(number):
         world = worlds[number % 2]
         if number:
             world.refresh(alice.refresh_token)
@@ -293,7 +293,7 @@ def test_refreshes_at_once_give_one_successor_that_works(worlds: list[World]) ->
     assert not alice.is_in  # the logout stands
 
 
-def test_a_cursor_outlives_its_item_and_a_restart(worlds: list[World]) -> None:
+def test_a_cursor_outlives_its_item_and_a_restart(worlds):
     alice = worlds[0].user()
     link = alice("GET /todos?limit=2").headers["Link"]
     page = re.findall(f"<{MOUNT}(.*)>", link)[0]
@@ -307,7 +307,7 @@ def test_a_cursor_outlives_its_item_and_a_restart(worlds: list[World]) -> None:
 
 
 @SQL
-def test_a_restart_keeps_all(store: Any, store_url: str) -> None:
+def test_a_restart_keeps_all(store, store_url):
     before = World(store=store)
     alice = before.user("alice", roles=["operator"])
     alice("POST /todos", {"task": "kept"})
@@ -393,7 +393,7 @@ class Sessions(RuleBasedStateMachine):
         assert is_in == (self.lives(session) and is_fresh)
 
 
-def test_a_session_lives_a_day_and_never_twice() -> None:
+def test_a_session_lives_a_day_and_never_twice():
     run_state_machine_as_test(Sessions, settings=A_FEW_SECONDS)
 
 
@@ -429,14 +429,14 @@ print([os.waitpid(child, 0)[1] for child in children], store.read("alice")["acco
 
 
 @SQL
-def test_a_fork_shares_no_connection(store: Any, store_url: str) -> None:
+def test_a_fork_shares_no_connection(store, store_url):
     status, said = run(sys.executable, "-c", FORKS, store_url)
     assert (status, said) == (0, "[0, 0, 0, 0] {'n': 101}\n")
     assert len(items(store)) == 101
 
 
 @SQL
-def test_eight_processes_may_start_at_once(store: Any, store_url: str) -> None:
+def test_eight_processes_may_start_at_once(store, store_url):
     starter = (
         "import service, sys; store = service.open_store(sys.argv[1])\n"
         "with store.write(sys.argv[2]) as data: data['todos']['a'] = {}"
@@ -509,7 +509,7 @@ def assert_kept(server: serve, token: str, acknowledged: dict[str, str]) -> None
     [("sqlite", "gthread"), ("postgres", "gevent")],
     indirect=["store_url"],
 )
-def test_kill_9_loses_nothing_that_was_acknowledged(store_url: str, kind: str) -> None:
+def test_kill_9_loses_nothing_that_was_acknowledged(store_url, kind):
     flags = ("-k", kind, "-w", "3")
     with serve(*flags, **environ(store_url)) as server:
         token = server.user("alice")
@@ -528,7 +528,7 @@ def test_kill_9_loses_nothing_that_was_acknowledged(store_url: str, kind: str) -
 
 
 @pytest.mark.parametrize("kind", ["gthread", "gevent"])
-def test_an_outage_is_503_and_then_all_goes_on(postgres: Postgres, kind: str) -> None:
+def test_an_outage_is_503_and_then_all_goes_on(postgres, kind):
     name = f"outage_{kind}"
     sql(postgres.url, f"CREATE DATABASE {name}")
     url = postgres.url.replace("/postgres?", f"/{name}?")
@@ -554,7 +554,7 @@ def test_an_outage_is_503_and_then_all_goes_on(postgres: Postgres, kind: str) ->
         assert_kept(server, token, writers.acknowledged)
 
 
-def test_a_database_may_start_late_and_anew_at_any_time(postgres: Postgres) -> None:
+def test_a_database_may_start_late_and_anew_at_any_time(postgres):
     sql(postgres.url, "CREATE DATABASE later")
     postgres.stop()
     try:
@@ -572,20 +572,20 @@ def test_a_database_may_start_late_and_anew_at_any_time(postgres: Postgres) -> N
         assert alice("POST /todos", {"task": "x"}).status == 201
 
 
-def test_a_database_that_accepts_and_then_says_nothing_is_503() -> None:
+def test_a_database_that_accepts_and_then_says_nothing_is_503():
     with socket.create_server(("127.0.0.1", 0)) as mute:
         url = f"postgresql://todo@127.0.0.1:{mute.getsockname()[1]}/todo"
         answer = World(store=service.open_store(url))("GET /health")
     assert (answer.status, list(answer.json)) == (503, ["message"])
 
 
-def test_a_transaction_that_is_cut_off_leaves_nothing(postgres_url: str) -> None:
+def test_a_transaction_that_is_cut_off_leaves_nothing(postgres_url):
     cut_off = (
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
         " WHERE state = 'idle in transaction' AND datname = current_database()"
     )
 
-    def interrupted(request: Any) -> Any:
+    def interrupted(request):
         with request.app.store.write(request.user) as data:
             data["todos"]["half"] = {"task": "half"}
             if request.args:
@@ -601,7 +601,7 @@ def test_a_transaction_that_is_cut_off_leaves_nothing(postgres_url: str) -> None
     assert list(alice("GET /todos").json)[3:] == ["half", "other"]
 
 
-def test_when_all_connections_are_taken_there_is_503(postgres_url: str) -> None:
+def test_when_all_connections_are_taken_there_is_503(postgres_url):
     alice = World(store=service.open_store(postgres_url)).user()
     assert {*together(40, lambda n: alice("GET /todos/todo1").status)} == {200}
     with ExitStack() as busy:
@@ -617,8 +617,8 @@ def test_when_all_connections_are_taken_there_is_503(postgres_url: str) -> None:
 @SQL
 @pytest.mark.parametrize("row", ["document", "value"])
 def test_a_row_that_is_no_json_is_503_and_one_line_until_it_is_mended(
-    store: Any, store_url: str, row: str, caplog: pytest.LogCaptureFixture
-) -> None:
+    store, store_url, row, caplog
+):
     alice = World(store=store).user()
     spoil = {
         "document": "UPDATE users SET document = '{}' || document WHERE name = 'alice'",
@@ -635,7 +635,7 @@ def test_a_row_that_is_no_json_is_503_and_one_line_until_it_is_mended(
 
 
 @SQLITE
-def test_a_deleted_file_is_503_until_it_is_back(store: Any, store_url: str) -> None:
+def test_a_deleted_file_is_503_until_it_is_back(store, store_url):
     path = Path(store_url.removeprefix("sqlite:///"))
     alice = World(store=store).user()
     away = path.with_name("away")
@@ -655,11 +655,11 @@ def test_a_deleted_file_is_503_until_it_is_back(store: Any, store_url: str) -> N
 
 @SQLITE
 def test_a_locked_file_is_503_for_writers_and_no_matter_for_readers(
-    store: Any, store_url: str, connections: list[Any]
-) -> None:
+    store, store_url, connections
+):
     alice = World(store=store).user()
 
-    def hurry() -> None:
+    def hurry():
         for connection in connections:
             with suppress(sqlite3.ProgrammingError):  # it was closed
                 connection.execute("PRAGMA busy_timeout = 50")  # not our 10 s
@@ -677,8 +677,8 @@ def test_a_locked_file_is_503_for_writers_and_no_matter_for_readers(
 
 @SQLITE
 def test_a_commit_is_synced_to_the_disk_and_the_file_is_its_owners_alone(
-    store: Any, store_url: str, connections: list[Any]
-) -> None:
+    store, store_url, connections
+):
     path = Path(store_url.removeprefix("sqlite:///"))
     assert not path.exists()  # nothing is made before the first use
     put(store, "a")
@@ -688,7 +688,7 @@ def test_a_commit_is_synced_to_the_disk_and_the_file_is_its_owners_alone(
     assert path.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_file_that_is_no_database_is_503(tmp_path: Path) -> None:
+def test_a_file_that_is_no_database_is_503(tmp_path):
     (tmp_path / "text.db").write_text("no database " * 1000)
     world = World(store=service.open_store(f"sqlite:///{tmp_path}/text.db"))
     assert (
@@ -707,9 +707,7 @@ postgresql://todo:hunter2@127.0.0.1:1/todo?sslmod=require
 
 
 @pytest.mark.parametrize("url", URLS.split())
-def test_no_secret_of_a_url_is_told_anybody(
-    url: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_no_secret_of_a_url_is_told_anybody(url, caplog):
     caplog.set_level("DEBUG")
     told = repr(service.Settings(secret_key=SECRET, store_url=url))
     try:
@@ -774,8 +772,8 @@ COSTS = [
 
 
 def test_a_get_costs_two_round_trips_and_a_post_four_however_much_is_there(
-    postgres_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    postgres_url, tmp_path, monkeypatch
+):
     trace = Trace(tmp_path / "trace", monkeypatch)
     world = World(store=service.open_store(postgres_url), max_items=99_999)
     users = {name: world.user(name) for name in ("few", "many")}
