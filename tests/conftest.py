@@ -84,7 +84,7 @@ class serve:
         token = server.user("alice")
         assert server("POST /todos", token, task="x").status == 201
 
-    Words of a command and of the environment may hold {port}; PORT is set as well.
+    Words of a command may hold {port}; PORT is set as well.
     """
 
     def __init__(
@@ -94,16 +94,11 @@ class serve:
         folder: Path = ROOT,
         **environ: str,
     ) -> None:
-        self.port, self.folder = free_port(), folder
-        self.prefix = environ.get("SCRIPT_NAME", "")
+        port, self.prefix = str(free_port()), environ.get("SCRIPT_NAME", "")
+        self.environ = clean_environ(**{"PORT": port} | environ)
+        self.port, self.folder = int(self.environ["PORT"]), folder
         self.url = f"http://127.0.0.1:{self.port}{self.prefix}"
-        self.command = [self._filled(word) for word in (*command, *flags)]
-        given = {"PORT": "{port}"} | environ
-        filled = {name: self._filled(word) for name, word in given.items()}
-        self.environ = clean_environ(**filled)
-
-    def _filled(self, word: str) -> str:
-        return word.replace("{port}", str(self.port))
+        self.command = [word.replace("{port}", port) for word in (*command, *flags)]
 
     def __enter__(self) -> serve:
         self._log = tempfile.TemporaryFile()
