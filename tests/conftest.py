@@ -94,11 +94,11 @@ class serve:
         folder: Path = ROOT,
         **environ: str,
     ) -> None:
-        port, self.prefix = str(free_port()), environ.get("SCRIPT_NAME", "")
-        self.environ = clean_environ(**{"PORT": port} | environ)
-        self.port, self.folder = int(self.environ["PORT"]), folder
-        self.url = f"http://127.0.0.1:{self.port}{self.prefix}"
+        port = environ.setdefault("PORT", str(free_port()))
         self.command = [word.replace("{port}", port) for word in (*command, *flags)]
+        self.environ, self.folder = clean_environ(**environ), folder
+        self.port, self.prefix = int(port), environ.get("SCRIPT_NAME", "")
+        self.url = f"http://127.0.0.1:{port}{self.prefix}"
 
     def __enter__(self) -> serve:
         self._log = tempfile.TemporaryFile()
@@ -311,18 +311,12 @@ class Postgres:
 
     def spawn(self) -> None:
         command = ["/bin/sh", "-c", self.WATCH, "sh", self.bin / "postgres"]
-        options = ["--listen_addresses=", "--max_connections=80", *self.options]
+        command += ["-D", self.data, "-k", self.folder, "--listen_addresses="]
+        command += ["--max_connections=80", *self.options]
         with open(self.folder / "log", "ab") as log:
-            self.process = subprocess.Popen(
-                [*command, "-D", self.data, "-k", self.folder, *options],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                cwd=self.folder,
-                start_new_session=True,
-                env={},
-                **self.owner,
-            )
+            options: Any = {"cwd": self.folder, "env": {}, "stdout": log} | self.owner
+            options |= {"stderr": log, "stdin": subprocess.PIPE}
+            self.process = subprocess.Popen(command, start_new_session=True, **options)
 
     def stop(self, how: str = "INT") -> None:
         """INT: disconnect everybody and end. QUIT: as in a crash. KILL: as kill -9."""

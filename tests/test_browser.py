@@ -176,15 +176,9 @@ def test_a_page_of_a_listed_origin_works_and_no_other(browser):
         change = (f"PATCH {todo}", '{"task": "changed"}', known)
         assert ask(*change)[:2] == [200, {"task": "changed"}]
         assert ask(*change)[0] == 412
-        assert 'rel="next"' in ask("GET /todos?limit=1")[2]["link"]
-        assert ask("GET /todos/x")[:2] == [404, {"message": "Todo x doesn't exist"}]
         assert ask(f"DELETE {todo}")[0] == 204
         status, _, refused = ask("GET /todos", None, form)
         assert (status, refused["www-authenticate"][:14]) == (401, 'Bearer realm="')
-        assert ask("POST /revoke", f"token={token}", form)[:2] == [200, {}]
-        wrong = urlencode(LOGIN | {"password": "wrong"})
-        answers = [ask("POST /token", wrong, form) for _ in range(11)]
-        assert (answers[-1][0], int(answers[-1][2]["retry-after"]) >= 1) == (429, True)
         assert not [line for line in browser.complaints() if "CORS" in line]
 
         browser.open(other.url)

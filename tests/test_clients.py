@@ -38,6 +38,7 @@ from test_service import (
     NO_GRANT,
     PASSWORD,
     SECRET,
+    TRANSCRIPT,
     Guarded,
     User,
     World,
@@ -237,23 +238,19 @@ def shop(request, tmp_path, monkeypatch):
         yield shop
 
 
-def test_a_login_opens_the_shop_which_sees_the_user_and_the_claims(shop):
+def test_a_login_opens_the_shop_until_an_access_life_after_the_logout(shop):
     alice = shop.login.user("alice", roles=["operator"])
     user, _, _, claims = seen_by(shop, alice).json
-    assert (user, claims) == ("alice", opened(alice.access_token)[1])
-    assert claims["roles"] == ["operator"]
-    by_secret = World(audience=SHOP).user()
-    assert answer_to_bearer(shop, by_secret.access_token) == BAD_TOKEN
-
-
-def test_the_shop_closes_within_an_access_life_of_a_logout(shop):
-    alice = shop.login.user()
+    assert (user, claims["roles"]) == ("alice", ["operator"])
+    assert claims == opened(alice.access_token)[1]
     shop.login("POST /revoke", form={"token": alice.access_token})
     assert not alice.is_in
     shop.login.clock.step(899)
     assert seen_by(shop, alice).status == 200  # it knows keys, and no sessions
     shop.login.clock.step(1)
     assert seen_by(shop, alice).status == 401
+    by_secret = World(audience=SHOP, clock=shop.login.clock).user()
+    assert answer_to_bearer(shop, by_secret.access_token) == BAD_TOKEN
 
 
 def test_keys_are_fetched_once_when_needed_and_kept_for_300_seconds(shop):
@@ -475,24 +472,20 @@ MOUNTS = {
 def test_the_service_lives_under_a_prefix_of_every_kind_of_host(host):
     with example(MOUNTS[host]) as server:
         assert "/api" in server("GET /").text
-        account = {"username": "alice", "password": PASSWORD}
-        assert server("POST /api/users", **account).status == 201
-        pair = server("POST /api/token", grant_type="password", **account).json
-        token = pair["access_token"]
-        created = server("POST /api/todos", token, task="something new")
-        assert created.headers["Location"] == "/api/todos/todo4"
-        changed = server(
-            "PATCH /api/todos/todo4", token, body='{"task": "x"}', kind=JSON
-        )
-        assert (changed.status, changed.json) == (200, {"task": "x"})
-        assert server("GET /api/todos/todo4", token).json == {"task": "x"}
+        server.prefix = "/api"
+        token = server.user("alice")
+        for line, values, status, expected in TRANSCRIPT:
+            answer = server(line, token, **values or {})
+            found = answer.json if answer.body else None
+            assert (line, answer.status, found) == (line, status, expected)
+        created = server("POST /todos", token, body='{"task": "x"}', kind=JSON)
+        assert created.headers["Location"] == "/api/todos/todo5"
         chunks = iter([b'{"task": ', b'"y"}'])
-        chunked = server("PATCH /api/todos/todo4", token, body=chunks, kind=JSON)
+        chunked = server("PATCH /todos/todo5", token, body=chunks, kind=JSON)
         assert chunked.status in (200, 411, 0)  # 0: it was told while it still sent
-        whole = {"task": "y" if chunked.status == 200 else "x"}
-        assert server("GET /api/todos/todo4", token).json == whole
-        assert server("DELETE /api/todos/todo4", token).status == 204
-        challenge = server("GET /api/todos").headers["WWW-Authenticate"]
+        task = "y" if chunked.status == 200 else "x"
+        assert server("GET /todos/todo5", token).json == {"task": task}
+        challenge = server("GET /todos").headers["WWW-Authenticate"]
         assert challenge == 'Bearer realm="service"'
 
 
@@ -535,12 +528,10 @@ def test_known_clients_refresh_by_themselves(monkeypatch):
 
 # ---- An app of one's own, attacked ---------------------------------------------------
 
-THINGS = Resource("things", "thing", [Argument("list", type=list)])
-HELLO = Route("GET /hello", lambda request: {"hello": request.user})
-
 
 def test_no_item_nests_deeper_than_every_request_can_read():
-    alice = World(resources=[THINGS]).user("alice")
+    things = Resource("things", "thing", [Argument("list", type=list)])
+    alice = World(resources=[things]).user("alice")
     for levels in (90, 101, 500, 960, 974, 30_000):
         body = b'{"list": ' + b"[" * levels + b"]" * levels + b"}"
         made = alice("POST /things", body, content_type=JSON)
@@ -550,7 +541,8 @@ def test_no_item_nests_deeper_than_every_request_can_read():
 
 
 def test_a_session_that_has_ended_is_401_before_a_view_or_a_password_is_asked():
-    world = World(routes=[HELLO])
+    hello = Route("GET /hello", lambda request: {"hello": request.user})
+    world = World(routes=[hello])
     alice, other = world.user("alice"), world.log_in("alice")
     assert alice("GET /hello").json == {"hello": "alice"}
     assert other("DELETE /users/me/sessions").status == 204
