@@ -35,7 +35,6 @@ from test_service import (
     FORM,
     ISSUER,
     JSON,
-    NO_GRANT,
     PASSWORD,
     SECRET,
     TRANSCRIPT,
@@ -43,7 +42,6 @@ from test_service import (
     User,
     World,
     answer_to_bearer,
-    answer_to_grant,
     each,
     encoded,
     mac,
@@ -136,11 +134,7 @@ def test_a_key_signs_tokens_that_others_verify(tmp_path, kind):
     assert jwt.decode(token, jwt_key, audience=SHOP, options=times) == claims
     assert (claims["sub"], claims["aud"]) == ("alice", [ISSUER, SHOP])
 
-    message, _, signature = token.rpartition(".")
-    other = "A" if signature[20] != "A" else "B"
-    damaged = f"{message}.{signature[:20]}{other}{signature[21:]}"
     assert answer_to_bearer(world, token) == "200"
-    assert answer_to_bearer(world, damaged) == BAD_TOKEN
 
 
 def test_several_keys_are_published_once_and_the_first_signs(tmp_path):
@@ -159,7 +153,7 @@ def test_refresh_tokens_stay_with_the_secret(tmp_path, kind):
     assert signature == mac(text)
     header |= {"alg": algorithm, "kid": kid_of(kind)}
     forged = jwt.encode(claims, key_of(kind).private_key, algorithm, header)
-    assert answer_to_grant(alice.world, forged) == NO_GRANT
+    assert alice.world.refresh(forged).json["error"] == "invalid_grant"
     assert opened(alice.refresh().access_token)[0]["alg"] == algorithm
 
 
@@ -177,8 +171,9 @@ def test_keys_are_rotated_without_one_refused_request_but_the_first(tmp_path):
         kids.append(opened(alice.access_token)[0]["kid"])
     assert is_in == [False, True, True, True]
     assert kids == [kid_of(old), kid_of(old), kid_of(new), kid_of(new)]
-    assert not User(first, "alice", alice.pair).is_in  # and back again
-    assert User(first, "alice", alice.pair).refresh().is_in
+    back = User(first, "alice", alice.pair)
+    assert answer_to_bearer(first, back.access_token) == BAD_TOKEN
+    assert back.refresh().is_in
 
 
 FAULTS = {

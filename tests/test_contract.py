@@ -1,7 +1,5 @@
 """The description of the service, read by programs that others wrote."""
 
-from __future__ import annotations
-
 import datetime
 import json
 import re
@@ -11,7 +9,7 @@ from decimal import Decimal
 from importlib import import_module
 from inspect import signature
 from pkgutil import walk_packages
-from typing import Any, ClassVar
+from typing import Any
 from uuid import UUID
 
 from jsonschema import Draft202012Validator
@@ -30,25 +28,13 @@ def document_of(world: World) -> dict[str, Any]:
     return document
 
 
-def read_shelf(request: Any, number: int, rest: str) -> Any:
-    """What stands on a shelf
-
-    More than the summary.
-    """
-    return {"number": number, "rest": rest}
+def capitals(value: Any) -> str:
+    if not re.fullmatch("[A-Z]{2}", str(value)):
+        raise ValueError("Two capital letters")
+    return str(value)
 
 
-class Capitals:
-    """Two capital letters: a type of somebody's own."""
-
-    __schema__: ClassVar = {"type": "string", "pattern": "^[A-Z]{2}$"}
-
-    def __call__(self, value: Any) -> str:
-        if not re.fullmatch("[A-Z]{2}", str(value)):
-            raise ValueError("Two capital letters")
-        return str(value)
-
-
+capitals.__schema__ = {"type": "string", "pattern": "^[A-Z]{2}$"}  # type: ignore[attr-defined]
 ARGUMENTS = [
     Argument("title", required=True),
     Argument("rank", int, default=7),
@@ -66,7 +52,7 @@ ARGUMENTS = [
     Argument("due", service.date),
     Argument("born", datetime.date.fromisoformat),
     Argument("uuid", UUID),
-    Argument("country", Capitals()),
+    Argument("country", capitals),
     Argument("shout", lambda value: str(value).upper()),
     Argument("nick", dest="alias"),
 ]
@@ -76,8 +62,9 @@ def library() -> World:
     """A service of somebody's own: resources, one of them shared, and routes."""
     notes = Resource("notes", "note", ARGUMENTS)
     rooms = Resource("reading-rooms", "room", [ARGUMENTS[0]], shared="operator")
-    shelf = Route("GET /shelves/<int:number>/<path:rest>", read_shelf, is_open=True)
-    lend = Route("POST /lend", lambda request: None, takes=service.RequestParser())
+    view, parser = (lambda request, **found: found), service.RequestParser()
+    shelf = Route("GET /shelves/<int:number>/<path:rest>", view, is_open=True)
+    lend = Route("POST /lend", view, takes=parser)
     return World(resources=[notes, rooms], routes=[shelf, lend], title="A library")
 
 
@@ -176,11 +163,9 @@ def test_the_service_does_what_its_description_says(tmp_path):
             *("--generation-deterministic", "--continue-on-failure"),
             folder=tmp_path,
         )
-        report = "\n".join(line[:500] for line in said.splitlines())
-        assert status == 0, report
+        assert status == 0, said[-5000:]
         for phase in ("Coverage", "Stateful"):
-            assert re.search(rf"✅ +{phase}", report), report
-        assert server("GET /health").status == 200
+            assert re.search(rf"✅ +{phase}", said), said
         assert "Traceback" not in server.log
 
 

@@ -46,10 +46,9 @@ A_FEW_SECONDS = settings(
 )
 
 
-def put(store: Any, *keys: str, **value: Any) -> None:
+def put(store: Any, key: str) -> None:
     with store.write("alice") as data:
-        for key in keys:
-            data["todos"][key] = value or {"task": key}
+        data["todos"][key] = {"task": key}
 
 
 def items(store: Any) -> dict[str, Any]:
