@@ -1346,7 +1346,7 @@ class Passwords:
 
     @contextmanager
     def _turn(self, client: str) -> Iterator[None]:
-        """503 at once if too many wait, in all or from there; or after a wait of 5 s."""
+        """503 at once if too many wait, in all or from there, or after 5 s."""
         busy = http.ServiceUnavailable("Too many passwords to check", retry_after=5)
         with self._lock:
             is_full = self._inside.total() >= AT_ONCE
