@@ -347,10 +347,9 @@ class Argument:
     def __post_init__(self) -> None:
         given = [self.location] if isinstance(self.location, str) else self.location
         self.places = " ".join(given).replace("values", "args form").split()
+        are_places = set(self.places) <= PLACES.keys()
         is_action = self.action in ("store", "append", "split")
-        if not (
-            set(self.places) <= PLACES.keys() and is_action and callable(self.type)
-        ):
+        if not (are_places and is_action and callable(self.type)):
             right = f"locations are {', '.join(PLACES)} and values, actions are store"
             right += ", append and split, and a type is a function"
             raise ValueError(f"{self.name}: {right}")
@@ -506,14 +505,16 @@ class Parts(dict[str, Any]):
 
 def refuse_unless_utf8(request: werkzeug.Request, place: str) -> None:
     """Werkzeug would decode any byte to something, and forget what it was."""
-    quoted = request.query_string if place == "args" else request.get_data()
     try:
-        if place == "form" and request.mimetype == "multipart/form-data":
+        if place == "args":
+            unquote_to_bytes(request.query_string).decode()
+        elif request.mimetype == "application/x-www-form-urlencoded":
+            unquote_to_bytes(request.get_data()).decode()
+        elif request.mimetype == "multipart/form-data":
+            body = request.get_data()
             texts = "".join(filter(None, chain(*request.form.items(multi=True))))
-            if texts.count("\ufffd") > quoted.count("\ufffd".encode()):
-                raise ValueError  # so it stands for what could not be decoded
-        else:
-            unquote_to_bytes(quoted).decode()
+            if texts.count("\ufffd") > body.count("\ufffd".encode()):
+                raise ValueError  # it stands for what could not be decoded
     except ValueError:
         raise Refusal(message="Forms and query strings must be in UTF-8") from None
 
@@ -845,9 +846,10 @@ class MemoryStore:
         with self._lock:
             data = self.read(owner, query)
             yield data
+            changed = data.changes()
             if data.is_cleared:
                 self._items.pop(owner, None)
-            for row in data.changes():
+            for row in changed:
                 if not row.resource:
                     self._documents[owner] = row
                     continue

@@ -426,7 +426,7 @@ VALUES: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "a multipart field is read": (n(), body(part("n"), PARTS), "x"),
     "the query string is read": (n(), {"query_string": "n=x"}, "x"),
     "args is the query string": (n(location="args"), EVERYWHERE, "query"),
-    "form is not JSON": (n(location="form"), in_json(1), None),
+    "form is not JSON": (n(location="form"), in_json("100%de"), None),
     "headers, in any case": (n(location="headers"), {"headers": {"N": "1"}}, "1"),
     "values begin with the query": (n(location="values"), form("n=f", "n=q"), "q"),
     "the first place with it": (n(location=("args", "json")), EVERYWHERE, "query"),
