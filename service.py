@@ -1241,7 +1241,8 @@ class Tokens:
         if len(token) > 4096 or "=" in token:
             raise InvalidToken("The token is longer than 4096 characters, or padded")
         now = self._clock()
-        # Withdrawn keys must go, and a refresh token is hardly seen twice.
+        # Anew every 300 s, for a guard whose issuer has withdrawn a key. A refresh
+        # token is hardly seen twice.
         check = self._remembered if typ == ACCESS else self._verify
         claims = check(typ, token, now // 300)
         if claims["exp"] <= now and not even_expired:
@@ -1254,7 +1255,7 @@ class Tokens:
             # Whatever else stands in it (crit, jwk, jku) is a wish about verifying.
             if header.keys() != {"alg", "typ", "kid"} or header["typ"] != typ:
                 raise InvalidToken("The token is of another kind than belongs here")
-            claims = JWT.decode(
+            claims = JWT.decode(  # by the algorithm of the key, and no other
                 token,
                 self._find_key[typ](header["kid"]),
                 issuer=self._settings.issuer,
