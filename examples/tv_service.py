@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hmac
 import os
+import sys
 import time
 from dataclasses import replace
 from datetime import timedelta
@@ -167,4 +168,7 @@ def create_app(settings: service.Settings | None = None, **options: Any) -> serv
 
 
 if __name__ == "__main__":
-    service.main(create_app())
+    try:
+        service.main(create_app())
+    except ValueError as error:  # of a setting
+        sys.exit(str(error))
