@@ -1216,25 +1216,23 @@ class Tokens:
         now, ends = int(self._clock()), session["expires_at"]
         exp = min(now + self._settings.access_ttl, ends)
         common = {"iss": self._settings.issuer, "sub": user, "sid": sid}
-        access = {"aud": self._audience, "exp": exp, "iat": now}
-        access |= {"jti": secrets.token_urlsafe(12)} | (
-            {"roles": roles} if roles else {}
-        )
+        access: dict[str, Any] = common | {"aud": self._audience, "exp": exp}
+        access |= {"iat": now, "jti": secrets.token_urlsafe(12)}
+        if roles:
+            access["roles"] = roles
+        refresh = common | {"gen": session["gen"], "exp": ends}
         return {
-            "access_token": self._sign(ACCESS, common | access),
+            "access_token": self._sign(ACCESS, access),
             "token_type": "Bearer",
             "expires_in": exp - now,
-            "refresh_token": self._sign(
-                REFRESH, common | {"gen": session["gen"], "exp": ends}
-            ),
+            "refresh_token": self._sign(REFRESH, refresh),
             "refresh_expires_in": ends - now,
         }
 
     def _sign(self, typ: str, claims: dict[str, Any]) -> str:
         key = self._signing[typ][0]
-        return JWT.encode(
-            claims, key, key.algorithm_name, {"typ": typ, "kid": key.key_id}
-        )
+        header = {"typ": typ, "kid": key.key_id}
+        return JWT.encode(claims, key, key.algorithm_name, header)
 
     def verify(self, typ: str, token: str, even_expired: bool = False) -> Claims:
         """The claims of a token of ours. Raises InvalidToken."""
@@ -1418,9 +1416,8 @@ class Passwords:
 
 def network(address: str) -> str:
     """What one client owns: an IPv4 address, or the /64 around an IPv6 address."""
-    address = re.sub(
-        r"^\[(.*)\].*|^(\d+\.[\d.]+):.*", r"\1\2", address
-    )  # without a port
+    # Some proxies add a port.
+    address = re.sub(r"^\[(.*)\].*|^(\d+\.[\d.]+):.*", r"\1\2", address)
     with suppress(ValueError):
         ip = ipaddress.IPv6Address(address)
         return str(ip.ipv4_mapped or ipaddress.ip_network((ip, 64), strict=False))
