@@ -21,7 +21,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
@@ -169,14 +169,11 @@ class serve:
         if token is not None:
             sent["Authorization"] = f"Bearer {token}"
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
-        try:
+        with closing(connection), suppress(OSError, http.client.HTTPException):
             connection.request(method, self.prefix + path, body, sent)
             answer = connection.getresponse()
             return Answer(answer.status, Headers(answer.getheaders()), answer.read())
-        except (OSError, http.client.HTTPException):
-            return Answer(0, Headers(), b"")
-        finally:
-            connection.close()
+        return Answer(0, Headers(), b"")
 
     def log_in(self, name: str, password: str = PASSWORD) -> dict[str, Any]:
         """The token pair of a new session."""

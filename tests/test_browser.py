@@ -12,7 +12,7 @@ from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from conftest import Canned, eventually, page, serve
+from conftest import eventually, serve
 from test_service import FORM, JSON, LOGIN, PASSWORD
 
 FLAGS = [
@@ -141,11 +141,6 @@ def test_a_phone_shows_the_page_in_its_own_width(browser, site):
 
 # ---- Pages of other origins ---------------------------------------------------------
 
-BLANK = page(
-    b'<!doctype html><link rel="icon" href="data:,">',
-    "200 OK",
-    "Content-Type: text/html",
-)
 FETCH = """
 const [url, method, body, headers] = given
 const answer = await fetch(url, {method, body, headers})
@@ -156,8 +151,8 @@ return [answer.status, text && JSON.parse(text), Object.fromEntries(answer.heade
 
 def test_a_page_of_a_listed_origin_works_and_no_other(browser):
     with (
-        Canned(lambda: BLANK) as listed,
-        Canned(lambda: BLANK) as other,
+        serve() as listed,
+        serve() as other,
         serve(SERVICE_CORS_ORIGINS=listed.url) as server,
     ):
         form, bearer = {"Content-Type": FORM}, {"Content-Type": JSON, "X-Trace": "7"}
@@ -167,7 +162,7 @@ def test_a_page_of_a_listed_origin_works_and_no_other(browser):
             return browser.run(FETCH, server.url + path, method, body, headers)
 
         server.user("alice")
-        browser.open(listed.url)
+        browser.open(f"{listed.url}/health")
         token = ask("POST /token", urlencode(LOGIN), form)[1]["access_token"]
         bearer["Authorization"] = f"Bearer {token}"
         status, _, created = ask("POST /todos", '{"task": "from afar"}')
@@ -181,7 +176,7 @@ def test_a_page_of_a_listed_origin_works_and_no_other(browser):
         assert (status, refused["www-authenticate"][:14]) == (401, 'Bearer realm="')
         assert not [line for line in browser.complaints() if "CORS" in line]
 
-        browser.open(other.url)
+        browser.open(f"{other.url}/health")
         for line in ("GET /health", "PUT /todos/x", "POST /token"):
             assert ask(line) == "TypeError"  # no answer for this page
         assert [line for line in browser.complaints() if "CORS" in line]

@@ -5,12 +5,14 @@ hmac and base64 alone: no library mends what is to be broken.
 """
 
 import base64
+import hashlib
 import hmac
 import json
 import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,6 +37,7 @@ from test_service import (
     FORM,
     ISSUER,
     JSON,
+    LOGIN,
     PASSWORD,
     SECRET,
     TRANSCRIPT,
@@ -86,10 +89,6 @@ def key_of(name: str) -> Any:
     return import_key(b"A line of explanation\n" + output(kind.command), kind.type)
 
 
-def kid_of(name: str) -> str:
-    return str(key_of(name).thumbprint())
-
-
 def files(folder: Path, *names: str) -> str:
     """The value of SERVICE_SIGNING_KEY_FILE for the keys of these names."""
     paths = [folder / f"{name}.pem" for name in names]
@@ -120,21 +119,20 @@ def hs256(secret: bytes) -> Callable[[bytes], bytes]:
 @pytest.mark.filterwarnings("ignore:EdDSA is deprecated")  # which joserfc still reads
 def test_a_key_signs_tokens_that_others_verify(tmp_path, kind):
     world, key, algorithm = signing(tmp_path, kind), key_of(kind), KINDS[kind].algorithm
-    keys, token = world(JWKS), world.user().access_token
-    members = {"kid": kid_of(kind), "use": "sig", "alg": algorithm}
+    keys, token, kid = world(JWKS), world.user().access_token, key.thumbprint()
+    members = {"kid": kid, "use": "sig", "alg": algorithm}
     assert keys.json == {"keys": [key.as_dict(private=False) | members]}
     assert keys.headers["Cache-Control"] == "max-age=300"
     header, claims = opened(token)
-    assert header == {"alg": algorithm, "typ": "at+jwt", "kid": kid_of(kind)}
+    assert header == {"alg": algorithm, "typ": "at+jwt", "kid": kid}
+    assert (claims["sub"], claims["aud"]) == ("alice", [ISSUER, SHOP])
+    assert answer_to_bearer(world, token) == "200"
 
     jose_keys = KeySet.import_key_set(keys.json)
     assert jose.decode(token, jose_keys, [algorithm]).claims == claims
-    jwt_key = jwt.PyJWKSet.from_dict(keys.json)[kid_of(kind)]
-    times: Any = {"verify_iat": False, "verify_exp": False}  # our clock is our own
+    jwt_key = jwt.PyJWKSet.from_dict(keys.json)[kid]
+    times = {"verify_iat": False, "verify_exp": False}  # our clock is our own
     assert jwt.decode(token, jwt_key, audience=SHOP, options=times) == claims
-    assert (claims["sub"], claims["aud"]) == ("alice", [ISSUER, SHOP])
-
-    assert answer_to_bearer(world, token) == "200"
 
 
 def test_several_keys_are_published_once_and_the_first_signs(tmp_path):
@@ -151,7 +149,7 @@ def test_refresh_tokens_stay_with_the_secret(tmp_path, kind):
     assert (header["alg"], header["typ"]) == ("HS256", "rt+jwt")
     text, _, signature = alice.refresh_token.rpartition(".")
     assert signature == mac(text)
-    header |= {"alg": algorithm, "kid": kid_of(kind)}
+    header |= {"alg": algorithm, "kid": key_of(kind).thumbprint()}
     forged = jwt.encode(claims, key_of(kind).private_key, algorithm, header)
     assert alice.world.refresh(forged).json["error"] == "invalid_grant"
     assert opened(alice.refresh().access_token)[0]["alg"] == algorithm
@@ -170,7 +168,12 @@ def test_keys_are_rotated_without_one_refused_request_but_the_first(tmp_path):
         assert alice.is_in
         kids.append(opened(alice.access_token)[0]["kid"])
     assert is_in == [False, True, True, True]
-    assert kids == [kid_of(old), kid_of(old), kid_of(new), kid_of(new)]
+    assert kids == [
+        key_of(old).thumbprint(),
+        key_of(old).thumbprint(),
+        key_of(new).thumbprint(),
+        key_of(new).thumbprint(),
+    ]
     back = User(first, "alice", alice.pair)
     assert answer_to_bearer(first, back.access_token) == BAD_TOKEN
     assert back.refresh().is_in
@@ -559,6 +562,44 @@ def test_a_login_by_form_is_read_like_every_other_form():
         assert latin.status == 400
 
 
-def test_every_page_varies_with_its_origin_even_if_that_is_a_star():
-    world = World(cors_origins="https://app.example")
-    assert world("GET /health", origin="*").headers["Vary"] == "Origin"
+def test_a_path_with_a_nul_or_without_its_slash_and_every_origin_get_an_answer():
+    shelf = Route("GET /shelf/", lambda request: "books", is_open=True)
+    alice = World(routes=[shelf], cors_origins="https://app.example").user()
+    assert alice("GET /todos/%00").status == 400
+    assert (alice("GET /shelf/").status, alice("GET /shelf").status) == (200, 404)
+    assert alice("GET /health", origin="*").headers["Vary"] == "Origin"
+
+
+def test_what_a_host_declares_wrongly_is_refused(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="rooms is shared"):
+        Resource("rooms", "room", [], {"room1": {}}, shared="operator")
+    monkeypatch.setattr(jwt.algorithms, "has_crypto", False)  # as if not installed
+    with pytest.raises(ValueError, match="pip install cryptography"):
+        signing(tmp_path, "Ed25519")
+
+
+def test_who_waits_five_seconds_to_have_a_password_hashed_is_503(monkeypatch):
+    world, answers, go_on = World(), [], threading.Event()
+
+    def scrypt(*given, **options):
+        assert go_on.wait(20)
+        return b"a hash"
+
+    def log_in(number):
+        answers.append(world("POST /token", LOGIN, address=f"192.0.2.{number}"))
+        go_on.set()  # when the first of three has been answered
+
+    monkeypatch.setattr(hashlib, "scrypt", scrypt)
+    together(3, log_in)
+    assert [answer.status for answer in answers] == [503, 400, 400]
+    assert answers[0].headers["Retry-After"] == "5"
+
+
+def test_of_very_many_who_guessed_the_first_are_forgotten(monkeypatch):
+    monkeypatch.setattr(hashlib, "scrypt", lambda *given, **options: b"a hash")
+    world, guesses = World(), {"address": "192.0.2.1"}
+    for status in [400] * 10 + [429]:
+        assert world("POST /token", LOGIN, **guesses).status == status
+    for number in range(10_000):
+        world.app.passwords.match(None, "a guess", "bob", f"host {number}")
+    assert world("POST /token", LOGIN, **guesses).status == 400
