@@ -35,8 +35,6 @@ from werkzeug.datastructures import Headers
 
 import service
 from test_service import FORM, PASSWORD, Answer
-from test_service import alice as alice
-from test_service import world as world
 
 ROOT = Path(service.__file__).parent
 
