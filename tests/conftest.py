@@ -1,7 +1,6 @@
 """What tests share that need more than Python: real servers, PostgreSQL, a browser.
 
-Everything listens on 127.0.0.1 or on a socket in a temporary folder, and is ended by
-whoever started it.
+Everything listens on 127.0.0.1 or a temporary socket, and is ended by its starter.
 """
 
 from __future__ import annotations
@@ -37,6 +36,14 @@ import service
 from test_service import FORM, PASSWORD, Answer
 
 ROOT = Path(service.__file__).parent
+begun: set[str] = set()
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    """A line for each file, when its first test begins."""
+    file = nodeid.partition("::")[0]
+    print("" if file in begun else f"\n{file} ", end="", flush=True)
+    begun.add(file)
 
 
 def eventually(condition: Callable[[], Any], seconds: float = 20) -> Any:
