@@ -114,7 +114,7 @@ def test_a_page_ends_at_its_limit_or_past_a_megabyte_and_the_next_goes_on(store)
             counts.append(len(page))
             ids += page
             after = page.next
-        assert (counts, ids) == (sizes, [f"id{n}" for n in range(25)])
+        assert (counts, ids) == (sizes, list(store.read("alice")["todos"]))
 
 
 class StoreAgainstDict(RuleBasedStateMachine):
