@@ -11,8 +11,9 @@ from selenium import webdriver
 from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.wait import WebDriverWait
 
-from conftest import eventually, serve
+from conftest import serve
 from test_service import FORM, JSON, LOGIN, PASSWORD
 
 FLAGS = [
@@ -35,16 +36,14 @@ class Browser(webdriver.Chrome):
     def see(self, css: str, text: str = "") -> Any:
         """The first element that is displayed and holds the text, once there is one."""
 
-        def find() -> Any:
-            for each in self.find_elements(By.CSS_SELECTOR, css):
-                try:
-                    if each.is_displayed() and text in each.text:
-                        return each
-                except StaleElementReferenceException:
-                    continue
-            return None
+        def find(browser: Browser) -> Any:
+            found = browser.find_elements(By.CSS_SELECTOR, css)
+            shown = (each for each in found if each.is_displayed())
+            return next((each for each in shown if text in each.text), None)
 
-        return eventually(find)
+        return WebDriverWait(self, 20, 0.02, [StaleElementReferenceException]).until(
+            find
+        )
 
     def type(self, css: str, text: str) -> None:
         self.see(css).send_keys(Keys.CONTROL, "a")  # clear() would not reach React

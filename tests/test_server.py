@@ -313,6 +313,13 @@ BAD_STARTS = {  # flags and variables, and how the line begins
 }
 
 
+@pytest.fixture
+def database(tmp_path):
+    """The environment of a service that keeps its data, in a file of its own."""
+    url = f"sqlite:///{tmp_path}/todo.db"
+    return {"SERVICE_STORE_URL": url, "SERVICE_SECRET_KEY": SECRET}
+
+
 @pytest.mark.parametrize(("words", "beginning"), BAD_STARTS.items())
 def test_what_cannot_be_ends_the_start_in_one_line(words, beginning):
     variables = [word for word in words.split() if re.match("[A-Z]", word)]
@@ -324,10 +331,9 @@ def test_what_cannot_be_ends_the_start_in_one_line(words, beginning):
     assert "short" not in said
 
 
-def test_it_listens_on_loopback_and_has_a_worker_for_each_core(tmp_path):
-    given = dict(word.split("=") for word in f"{DATABASE}{tmp_path}/x.db".split())
+def test_it_listens_on_loopback_and_has_a_worker_for_each_core(tmp_path, database):
     for port, shown in (("", "5000"), ("8123", "8123")):
-        config = run("gunicorn", "--print-config", PORT=port, **given)[1]
+        config = run("gunicorn", "--print-config", PORT=port, **database)[1]
         assert re.search(rf"(?m)^bind +.*'127\.0\.0\.1:{shown}'", config)
         cores = len(os.sched_getaffinity(0))
         assert re.search(rf"(?m)^workers += {cores}$", config)
@@ -342,13 +348,6 @@ def test_every_name_of_the_configuration_is_a_setting_or_is_read():
     assert len(names & Config().settings.keys()) > 10
     for name in names - Config().settings.keys():
         assert len(re.findall(rf"\b{name}\b", source)) > 1, name
-
-
-@pytest.fixture
-def database(tmp_path):
-    """The environment of a service that keeps its data, in a file of its own."""
-    url = f"sqlite:///{tmp_path}/todo.db"
-    return {"SERVICE_STORE_URL": url, "SERVICE_SECRET_KEY": SECRET}
 
 
 def replace_worker(server: serve, sign: int, pid: int) -> None:
@@ -421,11 +420,8 @@ def test_sigterm_lets_the_requests_in_flight_be_answered(kind):
 def test_workers_that_are_recycled_drop_no_request(database):
     flags = ("-w", "2", "--max-requests", "20", "--max-requests-jitter", "5")
     with serve(*flags, **database) as server:
-
-        def work(number):
-            return [server("GET /health").status for _ in range(15)]
-
-        assert together(8, work) == [[200] * 15] * 8
+        answers = together(8, lambda n: [server("GET /health") for _ in range(15)])
+        assert {answer.status for each in answers for answer in each} == {200}
         assert server.log.count("Autorestarting worker") >= 4
 
 
@@ -494,8 +490,7 @@ def test_a_server_that_runs_obeys_the_commands(database):
 
 def test_the_development_server_starts_anew_with_its_file(tmp_path):
     shutil.copy(ROOT / "service.py", tmp_path)
-    command = [sys.executable, "service.py"]
-    with serve(command=command, folder=tmp_path) as server:
+    with serve(command=[sys.executable, "service.py"], folder=tmp_path) as server:
         account = {"username": "alice", "password": PASSWORD}
         assert server("POST /users", **account).status == 201
         assert re.search("sign-up.*'alice'", server.log)

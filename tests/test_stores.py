@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from contextlib import ExitStack, closing, nullcontext
 from functools import partial
 from itertools import pairwise
@@ -101,6 +100,7 @@ def test_a_page_ends_at_its_limit_or_past_a_megabyte_and_the_next_goes_on(store)
         for n in range(25):
             data["todos"][f"id{n}"] = {"task": "x" * 100_000}
             data["notes"][f"id{n}"] = {}
+    assert len(items(store)) == 25  # as nobody asked for a page
     for limit, sizes in ((10**9, [10, 10, 5]), (10, [10, 10, 5]), (9, [9, 9, 7])):
         after, counts, ids = 0, [], []
         while after is not None:
@@ -115,6 +115,17 @@ def test_a_page_ends_at_its_limit_or_past_a_megabyte_and_the_next_goes_on(store)
             ids += page
             after = page.next
         assert (counts, ids) == (sizes, list(store.read("alice")["todos"]))
+
+
+def test_first_writes_that_come_at_once_are_all_kept(store):
+    for owner in ("cold", "warm", "warmer"):
+
+        def write(number, owner=owner):
+            with store.write(owner) as data:
+                data["todos"][str(number)] = {}
+
+        together(8, write)
+        assert len(store.read(owner)["todos"]) == 8
 
 
 class StoreAgainstDict(RuleBasedStateMachine):
@@ -436,7 +447,21 @@ def test_commits_are_synced_to_a_file_of_ones_own(store, store_url, connections)
     assert path.stat().st_mode & 0o777 == 0o600
 
 
+@SQLITE
+def test_a_block_that_changes_nothing_writes_nothing(store, store_url, connections):
+    put(store, "a")
+    written = connections[-1].total_changes
+    with store.write("alice") as data:
+        assert list(data["todos"]) == ["a"]
+    assert connections[-1].total_changes == written
+    with store.write("nobody"):
+        pass
+    assert sql(store_url, "SELECT name FROM users") == [("alice",)]
+
+
 def test_a_file_that_is_no_database_is_503(tmp_path):
+    with pytest.raises(ValueError, match="SERVICE_STORE_URL"):
+        service.open_store(f"sqlite:///{tmp_path}/no/where.db")
     (tmp_path / "text.db").write_text("no database " * 1000)
     world = World(store=service.open_store(f"sqlite:///{tmp_path}/text.db"))
     account = {"username": "alice", "password": PASSWORD}
@@ -473,15 +498,6 @@ COSTLY = (
 )
 
 
-def traced(connection: Any, path: Path, work: Callable[[], Any]) -> str:
-    """What goes over the wire meanwhile, by libpq's own trace: a line a message."""
-    with path.open("wb") as file:
-        connection.pgconn.trace(file.fileno())
-        work()
-        connection.pgconn.untrace()  # which writes what is still held back
-    return path.read_text()
-
-
 def test_a_get_costs_two_round_trips_and_a_write_four_however_much_is_there(
     postgres_url, tmp_path, connections
 ):
@@ -496,7 +512,11 @@ def test_a_get_costs_two_round_trips_and_a_write_four_however_much_is_there(
             costs, body = [], {"task": str(turn)} if line.startswith("P") else None
             for user in users:
                 send = user.refresh if "token" in line else partial(user, line, body)
-                log = traced(link, trace, send)
+                with trace.open("wb") as file:
+                    link.pgconn.trace(file.fileno())  # libpq's own: a line a message
+                    send()
+                    link.pgconn.untrace()  # which writes what is still held back
+                log = trace.read_text()
                 statements |= set(re.findall(r'\tParse\t "\w*" "(.+)" \d', log))
                 sent = re.findall(r"(?m)^\S+ \S+\t([FB])\t(\d+)", log)
                 waits = sum((a, b) == ("F", "B") for (a, _), (b, _) in pairwise(sent))
