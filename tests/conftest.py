@@ -106,7 +106,7 @@ class serve:
         self.url = f"http://127.0.0.1:{port}{self.prefix}"
 
     def __enter__(self) -> serve:
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.NamedTemporaryFile()
         self.process = subprocess.Popen(
             self.command,
             cwd=self.folder,
@@ -145,8 +145,7 @@ class serve:
     @property
     def log(self) -> str:
         """Both its outputs so far."""
-        size = os.fstat(self._log.fileno()).st_size
-        return os.pread(self._log.fileno(), size, 0).decode(errors="replace")
+        return Path(self._log.name).read_text(errors="replace")
 
     @property
     def workers(self) -> list[int]:
@@ -334,9 +333,8 @@ class Postgres:
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
     """A real PostgreSQL that tests may stop and start; they leave it running."""
-    server = Postgres()
-    yield server
-    server.close()
+    with closing(Postgres()) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
@@ -349,8 +347,7 @@ def database_url(request: pytest.FixtureRequest) -> Iterator[str]:
     name = f"service_{uuid.uuid4().hex}"
     with psycopg.connect(given, autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name} ENCODING 'UTF8' TEMPLATE template0")
-    parts = urlsplit(given)
-    yield parts._replace(path=f"/{name}").geturl()
+    yield urlsplit(given)._replace(path=f"/{name}").geturl()
     with psycopg.connect(given, autocommit=True) as connection:
         connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 

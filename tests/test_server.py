@@ -238,8 +238,8 @@ def test_slow_clients_stop_nobody(web, how, count):
 
 @GUNICORNS
 def test_more_connections_than_files_end_no_worker(kind):
-    few = f"ulimit -n 150; exec gunicorn -k {kind}"
-    with serve(command=["bash", "-c", few]) as server:
+    few = ["bash", "-c", f"ulimit -n 150; exec gunicorn -k {kind}"]
+    with serve(command=few) as server:
         workers = server.workers
         with ExitStack() as stack:
             for _ in range(200):
@@ -459,7 +459,6 @@ def test_ones_own_app_has_our_commands_and_runs_by_our_conf(tmp_path, database):
 REFUSED = [  # commands, what is typed, and a word of the one line that comes back
     ("adduser é", PASSWORD, "name"),
     ("adduser alice", PASSWORD, "taken"),
-    ("adduser bob", "short", "password"),
     ("adduser bobs-very-own-name", "bobs-very-own-name", "name itself"),
     ("passwd nobody", PASSWORD, "nobody"),
     ("deluser nobody", "", "nobody"),
@@ -475,8 +474,7 @@ def test_a_server_that_runs_obeys_the_commands(database):
     with serve("-w", "1", SERVICE_SIGNUP="closed", **database) as server:
         assert server("POST /users", username="bob", password=PASSWORD).status == 403
         token = server.log_in("alice")["access_token"]
-        who = server("GET /users/me", token).json
-        assert who == {"username": "alice", "roles": ["operator"]}
+        assert server("GET /users/me", token).json["roles"] == ["operator"]
         assert list(server("GET /todos", token).json) == ["todo1", "todo2", "todo3"]
         assert operate("passwd alice", "a new pass phräse") == (0, "")
         assert server("GET /todos", token).status == 401
