@@ -353,8 +353,9 @@ class Argument:
             right = f"locations are {', '.join(PLACES)} and values, actions are store"
             right += ", append and split, and a type is a function"
             raise ValueError(f"{self.name}: {right}")
+        self.kind = self.type
         if isinstance(self.type, type):
-            self.type = STRICT.get(self.type, self.type)
+            self.kind = STRICT.get(self.type, self.type)
         if not isinstance(self.choices, range):
             self.choices = [self.lowered(each) for each in self.choices]
 
@@ -397,7 +398,7 @@ class Argument:
             return None
         value = value.strip() if trim and isinstance(value, str) else value
         try:
-            value = self.type(self.lowered(value))
+            value = self.kind(self.lowered(value))
             if self.is_kept:
                 (value if isinstance(value, str) else to_json(value)).encode()
         except BAD_VALUE as error:
@@ -415,7 +416,7 @@ class Argument:
     @property
     def schema(self) -> dict[str, Any]:
         """What one value must be, or a list of them, as JSON Schema."""
-        schema = dict(getattr(self.type, "__schema__", {}))
+        schema = dict(getattr(self.kind, "__schema__", {}))
         if isinstance(self.choices, range):
             schema |= {"minimum": self.choices[0], "maximum": self.choices[-1]}
         elif self.choices:
