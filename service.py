@@ -1342,9 +1342,8 @@ class Passwords:
     def __init__(self, clock: Clock) -> None:
         self._clock, self._lock = clock, threading.Lock()
         self._turns, self._inside = threading.Semaphore(2), Counter[str]()
-        self._wrong: dict[
-            tuple[str, str], tuple[int, float]
-        ] = {}  # number, end of wait
+        # By client and name: how many in a row, and until when the name waits.
+        self._wrong: dict[tuple[str, str], tuple[int, float]] = {}
 
     @contextmanager
     def _turn(self, client: str) -> Iterator[None]:
