@@ -42,6 +42,7 @@ from datetime import time as Time
 from decimal import Decimal
 from functools import cache, lru_cache, partial
 from getpass import getpass
+from html import escape
 from importlib.util import find_spec
 from io import BytesIO
 from itertools import accumulate, chain, dropwhile, islice
@@ -680,6 +681,7 @@ RESERVED = (
     "revoke",
     "docs",
     "health",
+    "error",
 )
 TODOS = {
     "todo1": {"task": "build an API"},
@@ -701,7 +703,7 @@ TODO_RESOURCE = Resource("todos", "todo", [TASK], TODOS)
 # user's writes come one after the other. Nothing crosses users: any machine can hold
 # any of them. A Query says which items are read; without one, all are.
 
-PARTS = ("account", "sessions", "counters")  # of the document
+IN_DOCUMENT = ("account", "sessions", "counters")
 PAGE_SIZE = 1_000_000  # characters; a page ends with the item that goes past it
 SHARED = "/"  # owns what belongs to no user: no user name has a slash
 
@@ -759,7 +761,7 @@ class Data(dict[str, Any]):
         most = min(query.limit, 1 + bisect_left([*sizes], PAGE_SIZE))
         kept = rows[: most + 1] if query.resource else rows
         document, *items = load(kept)
-        if not self:
+        if not self:  # at first
             self.update(document)
             self._document = rows[0]
         self._rows += kept[1:]
@@ -777,13 +779,14 @@ class Data(dict[str, Any]):
     def clear(self) -> None:
         """Take away all that the user owns, read or not."""
         super().clear()
+        self.update({name: {} for name in IN_DOCUMENT})
         self._rows.clear()
         self.is_cleared = True
 
     def changes(self) -> list[Row]:
         """The rows that the block changed; those without text are gone."""
         changed, before = [], {(row.resource, row.id): row for row in self._rows}
-        for resource in [name for name in self if name not in PARTS]:
+        for resource in [name for name in self if name not in IN_DOCUMENT]:
             for id, item in self[resource].items():
                 row = before.pop((resource, id), None) or self._new_row(resource, id)
                 text = to_json(item)
@@ -792,7 +795,7 @@ class Data(dict[str, Any]):
         for row in before.values():
             self.counter(row.resource)["count"] -= 1
             changed.append(row._replace(text=""))
-        text = to_json({part: self[part] for part in PARTS})
+        text = to_json({name: self[name] for name in IN_DOCUMENT})
         if text != self._document.text:
             changed.append(NO_DOCUMENT._replace(text=text))
         return changed
@@ -816,12 +819,13 @@ def load(rows: list[Row]) -> list[dict[str, Any]]:
         values = json.loads(f"[{','.join([row.text for row in rows])}]")
     except ValueError:
         values = [None]
-    if not {type(value) for value in values} <= {dict}:
+    if len(values) != len(rows) or not {type(value) for value in values} <= {dict}:
         raise store_down("a row holds no JSON object")
     return list(values)
 
 
 def store_down(reason: object) -> http.ServiceUnavailable:
+    """Log why; the 503 to raise."""
     log.error("store: %s", str(reason).partition("\n")[0])  # the rest may quote users
     return http.ServiceUnavailable("The store does not answer", retry_after=1)
 
@@ -869,7 +873,7 @@ class MemoryStore:
                 in_order = items.values()
                 rows = dropwhile(lambda row: row.position <= query.after, in_order)
             else:
-                rows = chain(*(items.values() for items in resources.values()))
+                rows = chain(*map(dict.values, resources.values()))
             document = self._documents.get(owner, NO_DOCUMENT)
             return [document, *islice(rows, query.limit and query.limit + 1)]
 
@@ -893,14 +897,16 @@ TABLES = (
 CLAIM = (
     "INSERT INTO users (name, document) VALUES (:owner, :text) ON CONFLICT DO NOTHING"
 )
-KEEP = "UPDATE users SET document = :text WHERE name = :owner"
-PUT = (
+KEEP_DOCUMENT = "UPDATE users SET document = :text WHERE name = :owner"
+PUT_ITEM = (
     "INSERT INTO items (owner, resource, position, id, value)"
     " VALUES (:owner, :resource, :position, :id, :text)"
     " ON CONFLICT (owner, resource, id) DO UPDATE SET value = excluded.value"
 )
-DELETE = "DELETE FROM items WHERE owner = :owner AND resource = :resource AND id = :id"
-CLEAR = "DELETE FROM items WHERE owner = :owner"
+DELETE_ITEM = (
+    "DELETE FROM items WHERE owner = :owner AND resource = :resource AND id = :id"
+)
+DELETE_ITEMS = "DELETE FROM items WHERE owner = :owner"
 CONNECTIONS = 15  # of a process
 
 Statement = tuple[str, Mapping[str, Any]]
@@ -949,9 +955,10 @@ class SQLStore:
             try:
                 data = Data(query, select)
                 yield data
-                end: list[Statement] = [(CLEAR, new)] if data.is_cleared else []
+                end: list[Statement] = [(DELETE_ITEMS, new)] if data.is_cleared else []
                 for row in data.changes():
-                    sql = KEEP if not row.resource else PUT if row.text else DELETE
+                    sql = PUT_ITEM if row.text else DELETE_ITEM
+                    sql = sql if row.resource else KEEP_DOCUMENT
                     end.append((sql, new | row._asdict()))
                 self.run(connection, [*end, ("COMMIT" if end else "ROLLBACK", {})])
             except BaseException:
@@ -979,7 +986,7 @@ class SQLStore:
             room.release()
 
     def _take(self, idle: list[Any]) -> Any:
-        with suppress(IndexError):
+        with suppress(IndexError):  # another thread may take the last one
             while True:
                 connection = idle.pop()
                 if self.is_alive(connection):
@@ -1024,6 +1031,7 @@ class SQLiteStore(SQLStore):
             if not self._was_there:
                 os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
                 self._was_there = True
+            # A file that was there is not made anew: it would look as if all were well.
             # Connections to a file that was deleted or replaced stay open: closing the
             # last one would delete the -wal file by its name.
             return os.getpid(), os.stat(self._path).st_ino
@@ -1071,7 +1079,7 @@ class PostgresStore(SQLStore):
                 raise psycopg.ProgrammingError
             self.connect().close()
         except psycopg.OperationalError as error:
-            store_down(error)
+            store_down(error)  # is logged
         except psycopg.Error:  # which may quote the password
             right = "a PostgreSQL database in UTF8 that has the tables, or may get them"
             raise ValueError(f"SERVICE_STORE_URL must name {right}") from None
@@ -1146,8 +1154,8 @@ REQUIRED = {
     ACCESS: COMMON | {"aud": list, "iat": int, "jti": str},
     REFRESH: COMMON | {"gen": int},
 }
-OPTIONS: Any = {"verify_exp": False, "verify_iat": False, "verify_nbf": False}
-JWT = jwt.PyJWT(OPTIONS | {"enforce_minimum_key_length": True})
+JWT_OPTIONS: Any = {"verify_exp": False, "verify_iat": False, "verify_nbf": False}
+JWT = jwt.PyJWT(JWT_OPTIONS | {"enforce_minimum_key_length": True})
 THUMBPRINT = {  # of a key of each public algorithm: the members that RFC 7638 takes
     "EdDSA": ("crv", "kty", "x"),
     "ES256": ("crv", "kty", "x", "y"),
@@ -1221,12 +1229,12 @@ class Tokens:
         access |= {"iat": now, "jti": secrets.token_urlsafe(12)}
         if roles:
             access["roles"] = roles
-        refresh = common | {"gen": session["gen"], "exp": ends}
+        renewing = common | {"gen": session["gen"], "exp": ends}
         return {
             "access_token": self._sign(ACCESS, access),
             "token_type": "Bearer",
             "expires_in": exp - now,
-            "refresh_token": self._sign(REFRESH, refresh),
+            "refresh_token": self._sign(REFRESH, renewing),
             "refresh_expires_in": ends - now,
         }
 
@@ -1305,6 +1313,7 @@ def renew_session(data: Data, sid: str, gen: int, now: float, grace: int) -> str
     if gen == session["gen"]:
         session.update(gen=gen + 1, rotated_at=now)
         return "renewed"
+    # Without a grace, not even at the same moment.
     is_recent = grace and abs(now - session["rotated_at"]) <= grace
     if gen == session["gen"] - 1 and is_recent:
         return "repeated"  # two tabs, or a lost answer: the same successor again
@@ -1342,8 +1351,8 @@ class Passwords:
     def __init__(self, clock: Clock) -> None:
         self._clock, self._lock = clock, threading.Lock()
         self._turns, self._inside = threading.Semaphore(2), Counter[str]()
-        # By client and name: how many in a row, and until when the name waits.
-        self._wrong: dict[tuple[str, str], tuple[int, float]] = {}
+        # By client and name: how many in a row, since when, and how long it waits.
+        self._wrong: dict[tuple[str, str], tuple[int, float, int]] = {}
 
     @contextmanager
     def _turn(self, client: str) -> Iterator[None]:
@@ -1395,9 +1404,9 @@ class Passwords:
         self, keys: Iterable[tuple[str, str]], name: str, address: str
     ) -> None:
         for key in keys:
-            _, until = self._wrong.get(key, (0, 0))
-            left = math.ceil(until - self._clock())
-            if 0 < left <= LONGEST_WAIT:  # if more, the clock was put back
+            _, since, wait = self._wrong.get(key, (0, 0, 0))
+            left = math.ceil(since + wait - self._clock())
+            if 0 < left <= wait:  # if more, the clock was put back
                 log_event("throttled", name, address)
                 text = f"Too many wrong passwords: try again in {left} s"
                 raise http.TooManyRequests(text, retry_after=left)
@@ -1406,10 +1415,10 @@ class Passwords:
         """From the limit on, each wrong password doubles the wait, from 1 s."""
         now = self._clock()
         for key, limit in limits.items():
-            count, until = self._wrong.pop(key, (0, now))
-            count = count + 1 if now < until + LONGEST_WAIT else 1
+            count, since, wait = self._wrong.pop(key, (0, now, 0))
+            count = count + 1 if now < since + wait + LONGEST_WAIT else 1
             wait = min(int(2 ** min(count - limit, 10)), LONGEST_WAIT)
-            self._wrong[key] = (count, now + wait)  # which puts it last
+            self._wrong[key] = (count, now, wait)  # which puts it last
         while len(self._wrong) > MOST_COUNTED:
             del self._wrong[next(iter(self._wrong))]
 
@@ -1748,14 +1757,16 @@ def create_user(request: Request) -> Response:
     if request.app.settings.signup == "closed":
         raise http.Forbidden("Sign-up is closed: ask the operator for an account")
     given = request.parse(SIGN_UP)
-    refuse_name(given.username, given.password)
+    refuse_name_as_password(given.username, given.password)
     hash = request.app.passwords.hash(given.password, request.remote_addr or "")
     add_account(request.app, given.username, hash)
     request.log("sign-up", given.username)
     return answer({"username": given.username}, 201)
 
 
-def refuse_name(username: str, password: str, argument: str = "password") -> None:
+def refuse_name_as_password(
+    username: str, password: str, argument: str = "password"
+) -> None:
     if password.casefold() == username:
         raise Refusal(message={argument: "Must not be the name itself"})
 
@@ -1781,10 +1792,10 @@ def change_password(request: Request) -> Response:
     """Change the password; all other sessions end"""
     given = request.parse(CHANGE)
     account = check_password(request, request.user, given.password)
-    refuse_name(request.user, given.new_password, "new_password")
+    refuse_name_as_password(request.user, given.new_password, "new_password")
     hash = request.app.passwords.hash(given.new_password, request.remote_addr or "")
     with request.write(NO_ITEMS) as data:
-        refuse_change(data, account)
+        refuse_if_changed(data, account)
         data["account"]["hash"] = hash
         end_other_sessions(request, data)
     request.log("password changed", request.user)
@@ -1796,7 +1807,7 @@ def delete_user(request: Request) -> Response:
     given = request.parse(CONFIRM)
     account = check_password(request, request.user, given.password)
     with request.write(NO_ITEMS) as data:
-        refuse_change(data, account)
+        refuse_if_changed(data, account)
         delete_account(data)
     request.log("account deleted", request.user)
     return answer(status=204)
@@ -1810,7 +1821,7 @@ def delete_account(data: Data) -> None:
 def check_password(request: Request, name: str, password: str) -> dict[str, Any]:
     """The account of whoever knows its password; WrongPassword for others, or 429.
 
-    It is checked outside of any block, so inside one refuse_change must follow.
+    It is checked outside of any block, so inside one refuse_if_changed must follow.
     """
     account: dict[str, Any] = {}
     if re.fullmatch(NAME.pattern, name):
@@ -1821,7 +1832,7 @@ def check_password(request: Request, name: str, password: str) -> dict[str, Any]
     return account
 
 
-def refuse_change(data: Data, account: dict[str, Any]) -> None:
+def refuse_if_changed(data: Data, account: dict[str, Any]) -> None:
     if data["account"] != account:
         raise WrongPassword(message={"password": "Was changed at this moment"})
 
@@ -1880,13 +1891,13 @@ def issue_token(request: Request) -> Response:
 
 def parse_once(request: Request, parser: RequestParser) -> Namespace:
     """Arguments that stand once each, in the body: URLs are logged (RFC 6749 §3.2)."""
-    in_url = [each.name for each in parser.args if each.name in Parts(request)["args"]]
-    if in_url:
-        raise Refusal(message=f"{in_url[0]} must be in the body, not in the URL")
-    form = Parts(request)["form"]
-    twice = [name for name in form if len(form.getlist(name)) > 1]
-    if twice:
-        raise Refusal(message=f"{twice[0]} must be sent once")
+    parts = Parts(request)
+    for each in parser.args:
+        if each.name in parts["args"]:
+            raise Refusal(message=f"{each.name} must be in the body, not in the URL")
+    for name, values in parts["form"].lists():
+        if len(values) > 1:
+            raise Refusal(message=f"{name} must be sent once")
     return request.parse(parser)
 
 
@@ -1901,7 +1912,7 @@ def log_in(request: Request, given: Namespace) -> Claims:
     app, name = request.app, needed(given, "username")
     account = check_password(request, name, needed(given, "password"))
     with app.store.write(name, NO_ITEMS) as data:
-        refuse_change(data, account)
+        refuse_if_changed(data, account)
         sid = open_session(data, app.clock(), app.settings.refresh_ttl)
     request.log("login", name)
     return pair_of(app.tokens, name, sid, data)
@@ -1918,6 +1929,7 @@ def refresh(request: Request, given: Namespace) -> Claims:
     name, sid, grace = claims["sub"], claims["sid"], app.settings.refresh_grace
     with app.store.write(name, NO_ITEMS) as data:
         outcome = renew_session(data, sid, claims["gen"], app.clock(), grace)
+    # Outside of the block, which keeps that the session has ended.
     if outcome == "reused":
         request.log("reuse detected", name)
     if outcome in ("reused", "ended"):
@@ -1980,7 +1992,7 @@ def put_item(request: Request, resource: Resource, id: str) -> Response:
     """Create or replace the item under an id of one's own choice"""
     item = request.parse(resource.parser)
     with request.write(Query(resource.name, id), resource.shared) as data:
-        if not ID.fullmatch(id):
+        if not ID.fullmatch(id):  # here, since 401 and 403 come first
             right = "1 to 64 characters, no slash or control character"
             raise http.BadRequest(f"An id has {right}, and is not . or ..")
         current = data[resource.name].get(id)
@@ -1988,7 +2000,7 @@ def put_item(request: Request, resource: Resource, id: str) -> Response:
         if current is None:
             add_item(data, resource, item, id, request.app.settings.max_items)
         data[resource.name][id] = item
-    return tagged(item, 201)
+    return tagged(item, 201)  # for one that was there too: clients rely on it
 
 
 def update_item(request: Request, resource: Resource, id: str) -> Response:
@@ -2067,18 +2079,18 @@ class Route:
 def routes_of(resource: Resource) -> list[Route]:
     """The six routes that every resource gets."""
     items, item, parser = f"/{resource.name}", f"/{resource.name}/<id>", resource.parser
-    one = next(iter(resource.starter.values()), None)
     routes = [
         Route(f"GET {items}", list_items, 200, PAGE),
-        Route(f"POST {items}", create_item, 201, parser, one),
-        Route(f"GET {item}", read_item, 200, None, one),
-        Route(f"PUT {item}", put_item, 201, parser, one),
-        Route(f"PATCH {item}", update_item, 200, parser, one),
+        Route(f"POST {items}", create_item, 201, parser),
+        Route(f"GET {item}", read_item),
+        Route(f"PUT {item}", put_item, 201, parser),
+        Route(f"PATCH {item}", update_item, 200, parser),
         Route(f"DELETE {item}", delete_item, 204),
     ]
     return [replace(route, resource=resource) for route in routes]
 
 
+INDEX = {"openapi": "/openapi.json", "docs": "/docs"}
 USER = {"username": "alice"}
 SESSION = {"started_at": 1, "renewed_at": 1, "expires_at": 86401, "is_current": True}
 PAIR = {
@@ -2089,14 +2101,7 @@ PAIR = {
     "refresh_expires_in": 86400,
 }
 OUR_ROUTES = [
-    Route(
-        "GET /",
-        read_index,
-        200,
-        None,
-        {"openapi": "/openapi.json", "docs": "/docs"},
-        True,
-    ),
+    Route("GET /", read_index, 200, None, INDEX, True),
     Route("GET /health", read_health, 200, None, {"status": "ok"}, True),
     Route("POST /users", create_user, 201, SIGN_UP, USER, is_open=True),
     Route("GET /users/me", read_user, 200, None, USER | {"roles": ["operator"]}),
@@ -2117,7 +2122,7 @@ OUR_ROUTES = [
 
 VARIABLE = re.compile(r"<(?:[^<>:]+:)?([^<>]+)>")
 TEXT = {"type": "string"}
-TAGS = TEXT | {"pattern": f"^{ENTITY_TAGS}$"}
+ETAGS = TEXT | {"pattern": f"^{ENTITY_TAGS}$"}
 MESSAGE = {"message": {"type": ["string", "object"]}}
 OAUTH = {"error": TEXT, "error_description": TEXT}
 ERROR = {"type": "object", "properties": MESSAGE | OAUTH}
@@ -2166,16 +2171,16 @@ def camel(text: str) -> str:
 def operation(route: Route) -> dict[str, Any]:
     """What OpenAPI says of one route."""
     arguments = route.takes.args if route.takes else []
-    in_query = [each for each in arguments if each.places == ["args"]]
-    in_body = [each for each in arguments if each.places != ["args"]]
+    of_query = [each for each in arguments if each.places == ["args"]]
+    of_body = [each for each in arguments if each.places != ["args"]]
     conditions = ("If-Match", "If-None-Match") if route.resource else ()
     parameters = [
         *(parameter("path", name, TEXT, True) for name in VARIABLE.findall(route.rule)),
         *(
             parameter("query", each.name, each.schema, each.required)
-            for each in in_query
+            for each in of_query
         ),
-        *(parameter("header", name, TAGS) for name in conditions),
+        *(parameter("header", name, ETAGS) for name in conditions),
     ]
     described = {
         "operationId": re.sub(r"\W+", "_", route.rule).strip("_").lower(),
@@ -2185,9 +2190,9 @@ def operation(route: Route) -> dict[str, Any]:
         "parameters": parameters,
         "responses": responses(route),
     }
-    if in_body:
+    if of_body:
         # Not "required": the clients of openapi-python-client would not import then.
-        schema = body_schema(in_body, is_partial=route.view is update_item)
+        schema = body_schema(of_body, is_partial=route.view is update_item)
         described["requestBody"] = content(schema, BODIES)
     return described
 
@@ -2247,7 +2252,9 @@ def read_docs(request: Request, file: str = "") -> Response:
     if package is None:
         raise http.NotFound("The page needs: pip install flask-swagger-ui")
     if not file:
-        page = Response(DOCS.format(title=request.app.title), mimetype="text/html")
+        page = Response(
+            DOCS.format(title=escape(request.app.title)), mimetype="text/html"
+        )
         page.headers["Content-Security-Policy"] = POLICY
         return page
     if file == "start.js":
@@ -2297,9 +2304,10 @@ class App:
         self.settings, self.clock, self.title = settings, clock, title
         self.tokens, self.passwords = Tokens(settings, clock), Passwords(clock)
         self.resources = [TODO_RESOURCE] if resources is None else list(resources)
-        names = [resource.name for resource in self.resources]
-        if len(set(names)) < len(names):
-            raise ValueError(f"two resources have one name: {', '.join(names)}")
+        for word in ("name", "item"):
+            words = [getattr(each, word) for each in self.resources]
+            if len(set(words)) < len(words):
+                raise ValueError(f"two resources have one {word}: {', '.join(words)}")
         ours = chain(OUR_ROUTES, DOCS_ROUTES, *map(routes_of, self.resources))
         by_rule = {route.rule: route for route in chain(ours, routes)}
         self.routes = list(by_rule.values())
@@ -2420,7 +2428,7 @@ def guard(
                 add_cors(response, environ, ["*"])
                 return response(environ, start_response)
             environ["REMOTE_USER"], environ["AUTH_TYPE"] = claims["sub"], "Bearer"
-            environ["service.claims"] = dict(claims)
+            environ["service.claims"] = copy.deepcopy(claims)  # ours is remembered
         return wsgi_app(environ, start_response)
 
     return guarded
@@ -2492,7 +2500,7 @@ def run_command(app: App, command: str, name: str, roles: list[str]) -> None:
 def typed_password(name: str) -> str:
     typed = getpass() if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
     given = SIGN_UP.clean(in_json({"username": name, "password": typed}))
-    refuse_name(**given)
+    refuse_name_as_password(**given)
     return str(given.password)
 
 

@@ -44,8 +44,7 @@ from werkzeug.test import EnvironBuilder, create_environ, encode_multipart, run_
 import service
 
 # ---- Harness -----------------------------------------------------------------------
-# A World is one app and its clock; it is called like the network calls it, by nobody in
-# particular. A User is somebody who has logged in there, and is called the same way.
+# A World is one app and its clock; a User has logged in there. Both are called alike.
 
 MOUNT = "/api"
 ISSUER = "https://todo.example"
@@ -712,8 +711,9 @@ def test_resources_take_the_place_of_the_todos_and_keep_apart():
     assert list(alice("GET /pages").json) == ["page1", "page2"]
     assert alice("GET /todos").status == 404
     assert alice("DELETE /notes/note9").json == {"message": "Note note9 doesn't exist"}
-    with pytest.raises(ValueError, match="notes"):
-        World(resources=[NOTES, service.Resource("notes", "page", [])])
+    for words in (("notes", "page"), ("pages", "note")):
+        with pytest.raises(ValueError, match="note"):
+            World(resources=[NOTES, service.Resource(*words, [])])
 
 
 @each("request_line", ["POST /notes", "PUT /notes/mine"])
@@ -800,8 +800,7 @@ def test_a_block_that_raises_changes_nothing(alice, error):
 
 
 # ---- Tokens -------------------------------------------------------------------------
-# Forgeries are made with hmac and base64 alone, so that no library mends what is to be
-# broken. Keys that others verify with are in tests/test_clients.py.
+# Forgeries are made with hmac and base64 alone: a library would mend what is to break.
 
 OTHER_SECRET = "fedcba9876543210fedcba9876543210"
 NO_TOKEN, BAD_TOKEN, NO_GRANT = "401", "401 invalid_token", "400 invalid_grant"
@@ -1436,9 +1435,11 @@ def test_after_ten_wrong_passwords_the_wait_doubles_from_a_second_to_15_minutes(
         world.clock.step(0.5)
         fail(world, 1)
     assert waits == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 900, 900, 900]
-    world.clock.step(-3_600)  # a clock that is set back lengthens no wait
+    world.clock.step(-3_600)  # a clock set back lengthens no wait, nor makes one
     assert int(guess(world).headers.get("Retry-After", 0)) <= 900
-    world.clock.step(3_600 + 900)
+    world.clock.step(7_200)
+    fail(world, 9)
+    world.clock.step(-600)
     assert guess(world, password=PASSWORD).status == 200
 
 
@@ -2383,8 +2384,7 @@ def test_a_store_that_does_not_answer_is_503_everywhere(alice):
 
 
 # ---- Guard --------------------------------------------------------------------------
-# What another service mounts in front of itself. Here it shares the secret; how it
-# fetches public keys is in tests/test_clients.py.
+# What another service mounts in front of itself; here both share the secret.
 
 
 def who(environ: dict[str, Any], start_response: Any) -> list[bytes]:
@@ -2392,7 +2392,7 @@ def who(environ: dict[str, Any], start_response: Any) -> list[bytes]:
     start_response("200 OK", [("Content-Type", JSON)])
     names = ("REMOTE_USER", "AUTH_TYPE", "HTTP_REMOTE_USER", "service.claims")
     seen = json.dumps([environ.get(name) for name in names]).encode()
-    environ.get("service.claims", {})["sub"] = "whatever the app makes of it"
+    environ.get("service.claims", {"aud": []})["aud"].append("what the app adds")
     return [seen] if environ["REQUEST_METHOD"] != "HEAD" else []
 
 
