@@ -105,7 +105,8 @@ class Settings:
             ),
             "STORE_URL must be memory:, sqlite:///todo.db"
             " or postgresql://user:password@host/name": (
-                in_memory or re.match("sqlite:///(?!:).|postgresql://.", self.store_url)
+                in_memory
+                or re.match("sqlite:///(?!:|//).|postgresql://.", self.store_url)
             ),
             "ACCESS_TTL must be seconds such as 900": self.access_ttl > 0,
             "REFRESH_TTL must be seconds such as 86400": self.refresh_ttl > 0,
@@ -135,7 +136,7 @@ class Settings:
         for setting in fields(cls):
             name, example = f"SERVICE_{setting.name.upper()}", setting.default
             text = environ.get(name, "")
-            if not text.isprintable():  # which also is what was no UTF-8
+            if not text.isprintable():  # nor is what was not UTF-8
                 raise ValueError(f"{name} must be printable UTF-8, such as {example!r}")
             if text:
                 is_number = isinstance(example, int)
@@ -338,8 +339,8 @@ class Argument:
     location: str | Iterable[str] = ("json", "form", "args")  # the first with the name
     action: str = "store"  # the first value; append: all, in a list; split: at commas
     dest: str | None = None
-    help: str | None = None  # in place of the error, which {error_msg} in it stands for
-    nullable: bool | None = None  # None: null counts as not given, where that may be
+    help: str | None = None  # in place of the error; {error_msg} in it is the error
+    nullable: bool | None = None  # None: null is not given, or an error if required
     trim: bool | None = None  # None: what the parser says
     store_missing: bool = True
     case_sensitive: bool = True  # if not, values and choices are lowered
@@ -666,12 +667,17 @@ class Resource:
         kept = [replace(each, location=BODY, is_kept=True) for each in arguments]
         self.parser, self.starter = parser_of(*kept), dict[str, Namespace]()
         for id, given in (starter or {}).items():
+            if not ID.fullmatch(id):
+                raise ValueError(
+                    f"starter {id!r} of {name} is no id, as note1 would be"
+                )
             try:
                 self.starter[id] = self.parser.clean(in_json(given), strict=True)
             except Refusal as error:
                 raise ValueError(f"starter {id!r} of {name}: {error}") from None
 
 
+ID = re.compile(r"(?!\.\.?$)[^/\x00-\x1f\x7f-\x9f\ufffd]{1,64}")
 RESERVED = (
     "account",
     "sessions",
@@ -701,7 +707,7 @@ TODO_RESOURCE = Resource("todos", "todo", [TASK], TODOS)
 # A store keeps a user as one small document (account, sessions, counters) and a row for
 # each item. A block changes all or nothing, and holds its user's row meanwhile, so one
 # user's writes come one after the other. Nothing crosses users: any machine can hold
-# any of them. A Query says which items are read; without one, all are.
+# any of them. A Query says which items are read, and may be written; without one, all.
 
 IN_DOCUMENT = ("account", "sessions", "counters")
 PAGE_SIZE = 1_000_000  # characters; a page ends with the item that goes past it
@@ -730,7 +736,7 @@ class Row(NamedTuple):
 
 
 NO_DOCUMENT = Row("", 0, "", '{"account": {}, "sessions": {}, "counters": {}}')
-Select = Callable[[Query], list[Row]]  # the document, the items, one too many if cut
+Select = Callable[[Query], list[Row]]  # the document, the items, and one more if cut
 
 
 class Page(dict[str, Any]):
@@ -1046,7 +1052,7 @@ class SQLiteStore(SQLStore):
             isolation_level=None,
             check_same_thread=False,
         )
-        for _ in range(100):  # while another process turns it to WAL, no timeout waits
+        for _ in range(100):  # while another process turns it to WAL, timeout is void
             with suppress(sqlite3.OperationalError):
                 connection.execute("PRAGMA journal_mode = WAL")
                 break
@@ -1075,7 +1081,7 @@ class PostgresStore(SQLStore):
         self.errors = psycopg.Error
         try:
             self._options = PATIENCE | psycopg.conninfo.conninfo_to_dict(url)
-            if "@" in str(self._options.get("host")):  # which a password left there
+            if "@" in str(self._options.get("host")):  # left there by a password
                 raise psycopg.ProgrammingError
             self.connect().close()
         except psycopg.OperationalError as error:
@@ -1102,7 +1108,7 @@ class PostgresStore(SQLStore):
         return connection
 
     def is_alive(self, connection: Any) -> bool:
-        """A server that speaks unasked has said goodbye."""
+        """If the server has sent something unasked, it has closed the connection."""
         with DefaultSelector() as selector:
             selector.register(connection, EVENT_READ)
             return not selector.select(timeout=0)
@@ -1259,7 +1265,7 @@ class Tokens:
     def _verify(self, typ: str, token: str, period: float) -> Claims:
         try:
             header = jwt.get_unverified_header(token)
-            # Whatever else stands in it (crit, jwk, jku) is a wish about verifying.
+            # What else may stand in it (crit, jwk, jku) would choose how to verify.
             if header.keys() != {"alg", "typ", "kid"} or header["typ"] != typ:
                 raise InvalidToken("The token is of another kind than belongs here")
             claims = JWT.decode(  # by the algorithm of the key, and no other
@@ -1324,7 +1330,7 @@ def renew_session(data: Data, sid: str, gen: int, now: float, grace: int) -> str
 # ---- Passwords ---------------------------------------------------------------------
 # Hashing is slow on purpose (scrypt: 0.1 s and 32 MB), so two run at a time, and few
 # wait. Guessing is slowed down too: from the tenth wrong password on, a name waits,
-# longer each time.
+# longer each time, for the client that guesses.
 
 NO_HASH = "scrypt:32768:8:1$none$" + "0" * 128  # takes as long to check as any
 AT_ONCE = 18  # two that are hashed, 16 that wait; half of them for one client
@@ -1707,7 +1713,6 @@ PASSWORD = Password(15, 1024)  # NIST SP 800-63B-4 asks for length, not for comp
 TYPED = Password(1, 4096)
 ANY = Text(1, 100_000)
 ROLE = Text(1, 30, "[a-z][a-z0-9-]*", "a role such as operator")
-ID = re.compile(r"(?!\.\.?$)[^/\x00-\x1f\x7f-\x9f\ufffd]{1,64}")
 
 in_body = partial(Argument, required=True, location=BODY)
 in_query = partial(Argument, location="args")
@@ -1941,9 +1946,8 @@ def revoke_token(request: Request) -> Response:
     """Log out: end the session of an access or a refresh token (RFC 7009)"""
     token = parse_once(request, TOKEN).token
     for typ in (ACCESS, REFRESH):
-        with suppress(
-            InvalidToken
-        ):  # junk is no error here (§2.2), nor is a late logout
+        # Junk is no error here (§2.2), nor is a late logout.
+        with suppress(InvalidToken):
             claims = request.app.tokens.verify(typ, token, even_expired=True)
             with request.app.store.write(claims["sub"], NO_ITEMS) as data:
                 if data["sessions"].pop(claims["sid"], None):
@@ -1999,7 +2003,8 @@ def put_item(request: Request, resource: Resource, id: str) -> Response:
         check_preconditions(request, current)
         if current is None:
             add_item(data, resource, item, id, request.app.settings.max_items)
-        data[resource.name][id] = item
+        else:
+            data[resource.name][id] = item
     return tagged(item, 201)  # for one that was there too: clients rely on it
 
 
@@ -2353,7 +2358,7 @@ class App:
         environ, path = request.environ, request.path
         if environ.get("SERVER_PROTOCOL") == "HTTP/1.1" and "HTTP_HOST" not in environ:
             raise http.BadRequest("HTTP/1.1 asks for a Host header (RFC 9112 §3.2)")
-        if environ.get("PATH_INFO", "").startswith("//"):  # Werkzeug takes it for one
+        if environ.get("PATH_INFO", "").startswith("//"):  # Werkzeug drops a slash
             raise http.NotFound()
         if request.method == "OPTIONS":
             methods = [*self._urls.allowed_methods(path)]
@@ -2471,6 +2476,8 @@ def main(app: App | None = None) -> None:
     parser.add_argument("name", nargs="?", default="")
     parser.add_argument("--role", action="append", default=[], help="of adduser")
     options = parser.parse_args()
+    if options.role and options.command != "adduser":
+        parser.error("--role is of adduser")
     logging.basicConfig(level=logging.INFO)
     try:
         app = app or App()

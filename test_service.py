@@ -227,8 +227,7 @@ def alice(world):
 
 
 # ---- Settings ----------------------------------------------------------------------
-# One frozen value, read from the variables SERVICE_…; a bad one stops the start with a
-# line that names the variable and a value that would do.
+# One frozen value, read from SERVICE_…; a bad variable is a line with a better value.
 
 DEFAULTS = {
     "secret_key": "",
@@ -354,8 +353,7 @@ def test_a_missing_package_is_named_as_it_is_installed(monkeypatch):
 
 
 # ---- Arguments ----------------------------------------------------------------------
-# The parser serves any Werkzeug request, so here it gets plain ones, and is asked for
-# an argument named n. A row: what is asked for, what is sent, and what comes out.
+# Of plain Werkzeug requests. A row: what argument n is, what is sent, what comes out.
 
 
 def n(**options: Any) -> Any:
@@ -682,7 +680,7 @@ ARGUMENTS = [
     service.Argument("colour", choices=("red", "green")),
 ]
 NOTES = service.Resource("notes", "note", ARGUMENTS, {"note1": NOTE | {"rank": 1}})
-OURS = " users token revoke health docs account sessions counters"
+OURS = " users token revoke health docs account sessions counters error"
 
 
 @each("name", "Notes notes/ <id> 1notes -notes ñotes" + OURS)
@@ -697,8 +695,9 @@ def test_a_starter_item_that_its_own_arguments_refuse_is_refused():
     for wrong in ({"text": None}, {"text": "x" * 21}, {"rank": "x"}, {"colour": "x"}):
         with pytest.raises(ValueError, match="note1"):
             service.Resource("notes", "note", ARGUMENTS, {"note1": NOTE | wrong})
-    with pytest.raises(ValueError, match="note1"):
-        service.Resource("notes", "note", ARGUMENTS, {"note1": {"rank": 1}})
+    for starter in ({"note1": {"rank": 1}}, {"note1/": NOTE}):
+        with pytest.raises(ValueError, match="note1"):
+            service.Resource("notes", "note", ARGUMENTS, starter)
 
 
 def test_resources_take_the_place_of_the_todos_and_keep_apart():
@@ -1081,8 +1080,7 @@ def test_a_token_that_was_remembered_still_expires_and_is_still_revoked(alice):
 
 
 # ---- Sessions -----------------------------------------------------------------------
-# A session ends a day after its login, or when its user, a new password or a second use
-# of an old refresh token ends it; however it ends, all of its tokens are dead at once.
+# However a session ends, all of its tokens are dead at once.
 
 DAY = 86_400
 NEW_PASSWORD = "another horse battery"
@@ -1592,6 +1590,7 @@ NAMELESS = part("task").replace(b'; name="task"', b"")
         "nothing": (None, b"", 200),
         "a JSON patch that is an object": ("application/json-patch+json", ITEM, 415),
         "no type": (None, ITEM, 415),
+        "a type that takes long to read": (f"{JSON}; a={'b' * 500}", ITEM, 415),
         "JSON under the type of a form": (FORM, ITEM, 400),
         "Latin-1 in a form": (FORM, b"task=caf%E9", 400),
         "Latin-1 in a part": (PARTS, part("task", text=b"caf\xe9"), 400),

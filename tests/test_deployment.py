@@ -25,13 +25,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import psycopg
 import pytest
+from test_server import GUNICORNS, exchange, replace_worker, wired
 from werkzeug.datastructures import Headers
 
-from conftest import ROOT, Postgres, eventually, free_port, run, serve
-from test_service import JSON, PASSWORD, SECRET, Answer, together
+from conftest import ROOT, Postgres, eventually, free_port, is_running, run, serve
+from test_service import FORM, JSON, LOGIN, PASSWORD, SECRET, Answer, together
 
 README = (ROOT / "README.md").read_text()
 SYSTEM = f"{os.environ['PATH']}:/usr/sbin:/sbin"
@@ -800,3 +802,90 @@ def test_what_the_readmes_container_runs_ends_well_as_process_one(
         os.kill(int(child), signal.SIGTERM)
         assert server.process.wait(30) == 0
         assert "Shutting down: Master" in server.log
+
+
+# ---- Signals, and clients that stall -------------------------------------------------
+
+
+STALLED = {
+    "idle": b"",
+    "one byte": b"G",
+    "half a head": b"POST /token HTTP/1.1\r\nHost: localhost\r\n",
+    "half a body": wired("POST /token", "Content-Length: 99", f"Content-Type: {FORM}"),
+    "no hanging up": wired("GET /health"),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "how", "count"),
+    [("gevent", how, 150) for how in STALLED]
+    + [("gthread", "idle", 150), ("gthread", "no hanging up", 50)],
+)
+def test_slow_clients_stop_nobody(kind, how, count):
+    with serve("-k", kind) as web, ExitStack() as stack:
+        token = web.user("quick")
+        for _ in range(count):
+            stack.enter_context(web.send(STALLED[how]))
+        assert web("GET /todos/todo3", token).json == {"task": "profit!"}
+        assert web("PUT /todos/x", token, task="x").status == 201
+
+
+@GUNICORNS
+def test_more_connections_than_files_end_no_worker(kind):
+    few = ["bash", "-c", f"ulimit -n 150; exec gunicorn -k {kind}"]
+    with serve(command=few) as server:
+        workers = server.workers
+        with ExitStack() as stack:
+            for _ in range(200):
+                stack.enter_context(server.send(b""))
+        eventually(lambda: server("GET /health").status == 200)
+        assert server.workers == workers
+
+
+def test_hup_brings_a_changed_service_and_a_broken_one_ends_it(tmp_path):
+    for name in ("service.py", "gunicorn.conf.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    with serve(folder=tmp_path, PYTHONPATH=str(tmp_path)) as server:
+        source = (tmp_path / "service.py").read_text()
+        (tmp_path / "service.py").write_text(source.replace("profit!", "prophet!"))
+        replace_worker(server, signal.SIGHUP, server.process.pid)
+        token = server.user("alice")
+        assert server("GET /todos/todo3", token).json == {"task": "prophet!"}
+
+        (tmp_path / "service.py").write_text("raise SystemExit('no service')\n")
+        (worker,) = server.workers
+        server.process.send_signal(signal.SIGHUP)
+        assert server.process.wait(timeout=20) == 1
+        eventually(lambda: not is_running(worker))
+        assert "no service\n" in server.log
+
+
+@GUNICORNS
+def test_sigterm_lets_the_requests_in_flight_be_answered(kind):
+    with serve("-k", kind) as server:
+        server.user("alice")
+        body = urlencode(LOGIN).encode()
+        headers = (f"Content-Type: {FORM}", f"Content-Length: {len(body)}")
+        wire = wired("POST /token", *headers, body=body)
+        statuses: list[int] = []
+
+        def log_in(number):
+            statuses.append(exchange(server, wire).status)
+
+        logins = threading.Thread(target=together, args=(8, log_in))
+        logins.start()
+        eventually(lambda: statuses)  # two hash at a time: the others are waiting
+        server.process.terminate()
+        logins.join()
+        assert statuses == [200] * 8
+        assert server.process.wait(timeout=20) == 0
+
+
+def test_workers_that_are_recycled_drop_no_request(tmp_path):
+    flags = ("-w", "2", "--max-requests", "20", "--max-requests-jitter", "5")
+    database = {"STORE_URL": f"sqlite:///{tmp_path}/todo.db", "SECRET_KEY": SECRET}
+    environ = {f"SERVICE_{name}": text for name, text in database.items()}
+    with serve(*flags, **environ) as server:
+        answers = together(8, lambda n: [server("GET /health") for _ in range(15)])
+        assert {answer.status for each in answers for answer in each} == {200}
+        assert server.log.count("Autorestarting worker") >= 4

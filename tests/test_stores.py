@@ -26,7 +26,12 @@ import psycopg
 import pytest
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    rule,
+    run_state_machine_as_test,
+)
 from test_deployment import Writing, execute, service_over
 from werkzeug.exceptions import ServiceUnavailable
 
@@ -107,6 +112,7 @@ def test_a_page_ends_at_its_limit_or_past_a_megabyte_and_the_next_goes_on(store)
             query = service.Query("todos", "", after, limit)
             page = store.read("alice", query)["todos"]
             later = store.read("alice", service.NO_ITEMS)
+            assert not later["todos"]
             later.fetch(query)
             with store.write("alice", query) as data:
                 for same in (later["todos"], data["todos"]):
@@ -126,6 +132,23 @@ def test_first_writes_that_come_at_once_are_all_kept(store):
 
         together(8, write)
         assert len(store.read(owner)["todos"]) == 8
+
+
+def test_a_read_is_of_one_moment(store):
+    keys = [f"id{n}" for n in range(200)]
+
+    def work(number):
+        for turn in range(20):
+            if number == 0:
+                with store.write("alice") as data:
+                    data["account"] = {"turn": turn}
+                    data["todos"] |= {key: {"turn": turn} for key in keys}
+            else:
+                data = store.read("alice")
+                parts = [data["account"], *data["todos"].values()]
+                assert parts == [data["account"]] * (201 if data["account"] else 1)
+
+    together(3, work)
 
 
 class StoreAgainstDict(RuleBasedStateMachine):
@@ -259,6 +282,64 @@ def test_a_restart_keeps_all_and_a_cursor_outlives_its_item(alices):
     assert after.world("POST /users", form).status == 409  # it is never given again
 
 
+class Sessions(RuleBasedStateMachine):
+    """Logins, refreshes with any token there ever was, logouts, steps of the clock."""
+
+    tokens: Bundle[Any] = Bundle("tokens")  # session, generation, time, pair
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World().user().world
+
+    @rule(target=tokens)
+    def log_in(self) -> Any:
+        pair, now = self.world.log_in("alice").pair, self.world.clock.now
+        ends, texts = now + pair["refresh_expires_in"], [pair["refresh_token"]]
+        return {"ends": ends, "rotated": now, "texts": texts}, 0, now, pair
+
+    @rule(target=tokens, token=tokens)
+    def refresh(self, token: Any) -> Any:
+        session, generation, _, pair = token
+        texts, now = session["texts"], self.world.clock.now
+        renewed = self.world.refresh(pair["refresh_token"]).json
+        age, left = len(texts) - 1 - generation, session["ends"] - now
+        is_forgiven = age == 1 and now - session["rotated"] <= 30
+        if left <= 0 or not (age == 0 or is_forgiven):
+            session["ends"] = 0
+            assert renewed["error"] == "invalid_grant"
+            return token
+        if age == 0:
+            assert renewed["refresh_token"] not in texts
+            texts.append(renewed["refresh_token"])
+            session["rotated"] = now
+        assert renewed["refresh_token"] == texts[-1]
+        lives = (renewed["expires_in"], renewed["refresh_expires_in"])
+        assert lives == (min(900, left), left)
+        return session, len(texts) - 1, now, renewed
+
+    @rule(token=tokens, kind=st.sampled_from(["access_token", "refresh_token"]))
+    def revoke(self, token: Any, kind: str) -> None:
+        assert self.world("POST /revoke", form={"token": token[3][kind]}).json == {}
+        token[0]["ends"] = 0
+
+    @rule(seconds=st.sampled_from([1, 30, 31, 600, 899, 900, 7200, 86_399]))
+    def wait(self, seconds: int) -> None:
+        self.world.clock.step(seconds)
+
+    @rule(token=tokens)
+    def use(self, token: Any) -> None:
+        session, _, made_at, pair = token
+        ends = min(session["ends"], made_at + pair["expires_in"])
+        is_in = User(self.world, "alice", pair).is_in
+        assert is_in == (self.world.clock.now < ends)
+
+
+def test_a_session_lives_a_day_and_never_twice():
+    # Fewer steps than the 20 sessions that a user may have.
+    few = settings(A_FEW_SECONDS, stateful_step_count=19, max_examples=150)
+    run_state_machine_as_test(Sessions, settings=few)
+
+
 # ---- Several processes, and their violent ends --------------------------------------
 
 FORKS = """
@@ -360,7 +441,7 @@ def test_a_database_that_accepts_and_then_says_nothing_is_503():
     assert (answer.status, list(answer.json)) == (503, ["message"])
 
 
-def test_a_transaction_that_is_cut_off_leaves_nothing(postgres_url):
+def test_a_transaction_that_is_cut_off_leaves_nothing_but_a_line(postgres_url, caplog):
     cut_off = (
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
         " WHERE state = 'idle in transaction' AND datname = current_database()"
@@ -370,6 +451,7 @@ def test_a_transaction_that_is_cut_off_leaves_nothing(postgres_url):
     with pytest.raises(ServiceUnavailable), store.write("alice") as data:
         data["todos"]["half"] = {}
         assert sql(postgres_url, cut_off) == [(True,)]
+    assert "\n" not in caplog.messages[-1]  # further ones may quote users
     put(store, "next")
     assert list(items(store)) == ["whole", "next"]
 
