@@ -115,6 +115,8 @@ class serve:
             stdout=self._log,
             stderr=self._log,
             start_new_session=True,
+            # Who runs the tests in the background may have shut Ctrl-C off for them.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
         try:
             self.wait_until_ready()
