@@ -310,7 +310,7 @@ HEALTHY = ("tokens", "led", "flaky")
 WITH_MASTER = ("one variant", "all variants", "tokens")
 
 
-async def until(is_so: Callable[[], Any], what: str, seconds: float = 20) -> None:
+async def until(is_so: Callable[[], Any], what: str, seconds: float = 60) -> None:
     """Wait for it; a bound for when it never comes."""
     deadline = time.monotonic() + seconds
     while not is_so():
@@ -348,6 +348,8 @@ def test_each_fault_is_told_as_what_it_is_and_so_is_its_end(
             lambda: report["state"] == state and reason in report["reason"],
             f"{name} is told",
         )
+        if name == "no segments":  # it tries again
+            await until(lambda: max(segments_asked(origin, path)) > 1, "a second try")
         del origin.faults[path]
         if path in origin.frozen:  # its segments are numbered anew
             origin.begun[path] = origin.frozen.pop(path)
@@ -376,7 +378,6 @@ def test_each_fault_is_told_as_what_it_is_and_so_is_its_end(
         right = ["on air", worst, "on air"] if worst else ["on air"]
         assert ([*states[:3]], {*states}) == (right, {*right}), name
     assert max(segments_asked(origin, "flaky")) == 1
-    assert max(segments_asked(origin, "no-segments")) > 1  # it tries again
 
 
 def test_a_channel_that_was_long_away_is_on_air_at_once_when_it_is_back() -> None:
