@@ -383,7 +383,7 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The URL of each kind of store in turn, empty."""
     if request.param == "postgres":
         return str(request.getfixturevalue("postgres_url"))
-    return "memory:" if request.param == "memory" else f"sqlite:///{tmp_path}/todo.db"
+    return "memory:" if request.param == "memory" else f"sqlite:///{tmp_path}/%41 b.db"
 
 
 @pytest.fixture

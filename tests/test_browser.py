@@ -76,7 +76,6 @@ def browser():
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     with Browser(options, webdriver.ChromeService(driver)) as running:
-        running.set_script_timeout(30)
         yield running
 
 
