@@ -110,8 +110,8 @@ def test_a_page_ends_at_its_limit_or_past_a_megabyte_and_the_next_goes_on(store)
     one = store.read("alice", service.Query("todos", "id7"))
     assert (list(one["todos"]), list(one["notes"])) == (["id7"], [])
     for limit, sizes in ((10**9, [10, 10, 5]), (10, [10, 10, 5]), (9, [9, 9, 7])):
-        after, counts, ids = 0, [], []
-        while after is not None:
+        after, ids = 0, []
+        for size in sizes:
             query = service.Query("todos", "", after, limit)
             page = store.read("alice", query)["todos"]
             later = store.read("alice", service.NO_ITEMS)
@@ -120,10 +120,10 @@ def test_a_page_ends_at_its_limit_or_past_a_megabyte_and_the_next_goes_on(store)
             with store.write("alice", query) as data:
                 for same in (later["todos"], data["todos"]):
                     assert (list(same), same.next) == (list(page), page.next)
-            counts.append(len(page))
+            assert len(page) == size
             ids += page
             after = page.next
-        assert (counts, ids) == (sizes, list(store.read("alice")["todos"]))
+        assert (after, ids) == (None, list(items(store)))
 
 
 def test_writes_that_come_at_once_come_one_after_the_other(store):
@@ -442,8 +442,9 @@ def test_a_database_may_start_late_and_anew_at_any_time(postgres):
 def test_a_database_that_accepts_and_then_says_nothing_is_503():
     with socket.create_server(("127.0.0.1", 0)) as mute:
         url = f"postgresql://todo@127.0.0.1:{mute.getsockname()[1]}/todo"
+        began = time.monotonic()
         answer = World(store=service.open_store(url))("GET /health")
-    assert (answer.status, list(answer.json)) == (503, ["message"])
+    assert (answer.status, time.monotonic() - began < 10) == (503, True)
 
 
 def test_a_transaction_that_is_cut_off_leaves_nothing_but_a_line(postgres_url, caplog):
