@@ -221,8 +221,7 @@ def alices(store, store_url):
     """One session at two processes, as it were: two apps over the same data."""
     alice = World(store=store).user()
     twin = store if store_url == "memory:" else service.open_store(store_url)
-    there = World(store=twin, clock=alice.world.clock)
-    return [alice, User(there, "alice", alice.pair)]
+    return [alice, User(World(twin, alice.world.clock), "alice", alice.pair)]
 
 
 def test_fifty_posts_at_once_give_fifty_ids_that_are_read_at_once(alices):
