@@ -108,9 +108,9 @@ class Settings:
                 in_memory
                 or re.match("sqlite:///(?!:|//).|postgresql://.", self.store_url)
             ),
-            "ACCESS_TTL must be seconds such as 900": self.access_ttl > 0,
-            "REFRESH_TTL must be seconds such as 86400": self.refresh_ttl > 0,
-            "REFRESH_GRACE must be seconds such as 30": self.refresh_grace >= 0,
+            "ACCESS_TTL must be seconds such as 900": 0 < self.access_ttl < 10**6,
+            "REFRESH_TTL must be seconds such as 86400": 0 < self.refresh_ttl < 10**8,
+            "REFRESH_GRACE must be seconds such as 30": 0 <= self.refresh_grace < 1000,
             "SIGNUP must be open or closed": self.signup in ("open", "closed"),
             "ISSUER must be the URL that clients use, such as https://todo.example": (
                 re.fullmatch(url, self.issuer)
@@ -121,9 +121,9 @@ class Settings:
             "CORS_ORIGINS must be * or origins such as https://app.example:8443": (
                 self.origins == ["*"] or all(map(normal_origin, self.origins))
             ),
-            "MAX_BODY must be bytes such as 65536": self.max_body >= 100,
-            "MAX_ITEMS must be a number such as 10000": self.max_items > 0,
-            "PROXIES must be how many are in front, such as 1": self.proxies >= 0,
+            "MAX_BODY must be bytes such as 65536": 100 <= self.max_body < 10**9,
+            "MAX_ITEMS must be a number such as 10000": 0 < self.max_items < 10**7,
+            "PROXIES must be how many are in front, such as 1": 0 <= self.proxies < 10,
         }
         for rule, is_good in rules.items():
             if not is_good:
@@ -136,7 +136,8 @@ class Settings:
         for setting in fields(cls):
             name, example = f"SERVICE_{setting.name.upper()}", setting.default
             text = environ.get(name, "")
-            if not text.isprintable():  # nor is what was not UTF-8
+            # What was not UTF-8 came as surrogates, which are not printable either.
+            if not text.isprintable():
                 raise ValueError(f"{name} must be printable UTF-8, such as {example!r}")
             if text:
                 is_number = isinstance(example, int)
@@ -491,7 +492,6 @@ class Parts(dict[str, Any]):
     """
 
     def __init__(self, request: werkzeug.Request) -> None:
-        super().__init__()
         self._request = request
 
     def __missing__(self, place: str) -> Any:
@@ -668,9 +668,7 @@ class Resource:
         self.parser, self.starter = parser_of(*kept), dict[str, Namespace]()
         for id, given in (starter or {}).items():
             if not ID.fullmatch(id):
-                raise ValueError(
-                    f"starter {id!r} of {name} is no id, as note1 would be"
-                )
+                raise ValueError(f"starter {id!r} of {name} must be an id like note1")
             try:
                 self.starter[id] = self.parser.clean(in_json(given), strict=True)
             except Refusal as error:
@@ -678,7 +676,7 @@ class Resource:
 
 
 ID = re.compile(r"(?!\.\.?$)[^/\x00-\x1f\x7f-\x9f\ufffd]{1,64}")
-RESERVED = (
+RESERVED = (  # in the document, by our own routes, and as a schema
     "account",
     "sessions",
     "counters",
@@ -752,7 +750,6 @@ class Data(dict[str, Any]):
     """
 
     def __init__(self, query: Query, select: Select) -> None:
-        super().__init__()
         self._select, self._rows, self.is_cleared = select, list[Row](), False
         self.fetch(query)
 
@@ -762,12 +759,14 @@ class Data(dict[str, Any]):
 
     def fetch(self, query: Query) -> None:
         """Read more of the items."""
+        if self.is_cleared:
+            return  # there is no more
         rows = self._select(query) or [NO_DOCUMENT]
-        sizes = accumulate([len(row.text) for row in rows[1:]])
-        most = min(query.limit, 1 + bisect_left([*sizes], PAGE_SIZE))
+        sizes = [*accumulate(len(row.text) for row in rows[1:])]
+        most = min(query.limit, 1 + bisect_left(sizes, PAGE_SIZE))
         kept = rows[: most + 1] if query.resource else rows
         document, *items = load(kept)
-        if not self:  # at first
+        if not self:  # the first time; the block may have changed it since
             self.update(document)
             self._document = rows[0]
         self._rows += kept[1:]
@@ -785,7 +784,6 @@ class Data(dict[str, Any]):
     def clear(self) -> None:
         """Take away all that the user owns, read or not."""
         super().clear()
-        self.update({name: {} for name in IN_DOCUMENT})
         self._rows.clear()
         self.is_cleared = True
 
@@ -865,8 +863,9 @@ class MemoryStore:
                     self._documents[owner] = row
                     continue
                 items = self._items.setdefault(owner, {}).setdefault(row.resource, {})
-                items[row.id] = row
-                if not row.text:
+                if row.text:
+                    items[row.id] = row
+                else:
                     del items[row.id]
 
     def _select(self, owner: str, query: Query) -> list[Row]:
@@ -881,13 +880,15 @@ class MemoryStore:
             else:
                 rows = chain(*map(dict.values, resources.values()))
             document = self._documents.get(owner, NO_DOCUMENT)
-            return [document, *islice(rows, query.limit and query.limit + 1)]
+            # One more than the limit shows that there are more.
+            most = query.limit + 1 if query.limit else 0
+            return [document, *islice(rows, most)]
 
 
 DOCUMENT = "SELECT '', 0, '', document FROM users WHERE name = :owner"
 ITEMS = "SELECT resource, position, id, value FROM items WHERE owner = :owner"
 ITEM = f"{ITEMS} AND resource = :resource AND id = :id"
-PAGE_OF_ITEMS = (  # up to the item after that which goes past the size
+PAGE_OF_ITEMS = (  # with one item more than Data keeps, if there is one
     "SELECT resource, position, id, value FROM (SELECT *, sum(length(value)) OVER"
     " (ORDER BY position ROWS BETWEEN UNBOUNDED PRECEDING AND 2 PRECEDING) AS size"
     " FROM items WHERE owner = :owner AND resource = :resource AND position > :after"
@@ -925,11 +926,19 @@ def select_rows(owner: str, query: Query) -> Statement:
     return sql, {"owner": owner, **query._asdict()}
 
 
+def statement_for(row: Row) -> str:
+    """What keeps a changed row, or takes it away."""
+    if not row.resource:
+        return KEEP_DOCUMENT
+    return PUT_ITEM if row.text else DELETE_ITEM
+
+
 class SQLStore:
     """The same in two tables of a database; connections are kept for their next use."""
 
     begin: tuple[str, ...]  # a transaction that holds the owner's row
     errors: type[Exception]
+    connect: Callable[[], Any]
 
     def __init__(self) -> None:
         self._pools: dict[Any, tuple[list[Any], threading.Semaphore]] = {}
@@ -955,7 +964,7 @@ class SQLStore:
 
             def select(query: Query) -> list[Row]:
                 statements = [*begin, select_rows(owner, query)]
-                begin.clear()
+                begin.clear()  # which was for the first time
                 return self.run(connection, statements)
 
             try:
@@ -963,9 +972,7 @@ class SQLStore:
                 yield data
                 end: list[Statement] = [(DELETE_ITEMS, new)] if data.is_cleared else []
                 for row in data.changes():
-                    sql = PUT_ITEM if row.text else DELETE_ITEM
-                    sql = sql if row.resource else KEEP_DOCUMENT
-                    end.append((sql, new | row._asdict()))
+                    end.append((statement_for(row), new | row._asdict()))
                 self.run(connection, [*end, ("COMMIT" if end else "ROLLBACK", {})])
             except BaseException:
                 connection.rollback()
@@ -1003,9 +1010,6 @@ class SQLStore:
     def pool(self) -> Any:
         """What a connection is good for: it never crosses a fork."""
         return os.getpid()
-
-    def connect(self) -> Any:
-        raise NotImplementedError
 
     def is_alive(self, connection: Any) -> bool:
         return True
@@ -1052,7 +1056,8 @@ class SQLiteStore(SQLStore):
             isolation_level=None,
             check_same_thread=False,
         )
-        for _ in range(100):  # while another process turns it to WAL, timeout is void
+        # While another process turns the file to WAL, SQLite does not heed the timeout.
+        for _ in range(100):
             with suppress(sqlite3.OperationalError):
                 connection.execute("PRAGMA journal_mode = WAL")
                 break
@@ -1108,7 +1113,7 @@ class PostgresStore(SQLStore):
         return connection
 
     def is_alive(self, connection: Any) -> bool:
-        """If the server has sent something unasked, it has closed the connection."""
+        """What the server sends unasked is that it closes the connection."""
         with DefaultSelector() as selector:
             selector.register(connection, EVENT_READ)
             return not selector.select(timeout=0)
@@ -1223,7 +1228,9 @@ class Tokens:
         self._find_key = {ACCESS: find_key or by_kid(access), REFRESH: by_kid(secret)}
         self._remembered = lru_cache(maxsize=10_000)(self._verify)  # takes 50 to 160 µs
 
-    def pair(self, user: str, roles: list[str], sid: str, session: Claims) -> Claims:
+    def pair(
+        self, user: str, roles: list[str], sid: str, session: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """The answer of RFC 6749 §5.1: a new access token, the session's refresh token.
 
         The refresh token holds nothing random: one generation is always the same text.
@@ -1263,6 +1270,7 @@ class Tokens:
         return claims
 
     def _verify(self, typ: str, token: str, period: float) -> Claims:
+        """period is a part of what is remembered, no more."""
         try:
             header = jwt.get_unverified_header(token)
             # What else may stand in it (crit, jwk, jku) would choose how to verify.
@@ -1275,12 +1283,13 @@ class Tokens:
                 audience=self._audience if typ == ACCESS else None,
             )
         except (jwt.PyJWTError, ValueError, TypeError, LookupError, RecursionError):
-            raise InvalidToken(
-                "The token is malformed or was not signed here"
-            ) from None
+            why = "The token is malformed or was not signed here"
+            raise InvalidToken(why) from None
         for name, kind in REQUIRED[typ].items():
             if type(claims.get(name)) is not kind or claims[name] == "":
                 raise InvalidToken(f"The token has no {name} as it must be")
+        if not claims["sub"].isprintable():  # it becomes a part of headers and logs
+            raise InvalidToken("The token names nobody")
         return claims
 
 
@@ -1301,7 +1310,7 @@ def open_session(data: Data, now: float, ttl: int) -> str:
     alive = [pair for pair in data["sessions"].items() if pair[1]["expires_at"] > now]
     alive.sort(key=lambda pair: pair[1]["rotated_at"])
     sid = secrets.token_urlsafe(12)
-    data["sessions"] = dict(alive[1 - SESSIONS_A_USER :])
+    data["sessions"] = dict(alive[1 - SESSIONS_A_USER :])  # with room for this one
     data["sessions"][sid] = {
         "gen": 1,
         "started_at": int(now),
@@ -1524,7 +1533,7 @@ class Request(werkzeug.Request):
         return tokens.verify(ACCESS, bearer_token(self.environ))
 
     def authenticate(self) -> Claims:
-        """401 without a good token; its session is looked up with the data."""
+        """401 at once without a good token; its session is looked up with the data."""
         return self.claims
 
     @property
@@ -1617,28 +1626,32 @@ def tagged(body: Any, status: int = 200, **headers: str) -> Response:
 def conditional(request: Request, body: Any, **headers: str) -> Response:
     """An answer with its ETag; 304 if the client has it already."""
     response = tagged(body, 200, **headers)
-    if check_preconditions(request, body):
-        return answer(None, 304, ETag=response.headers["ETag"], **headers)
+    tag = response.headers["ETag"]
+    if check_preconditions(request, body, tag):
+        return answer(None, 304, ETag=tag, **headers)
     return response
 
 
 ENTITY_TAGS = r'(\*|(W/)?"[!#-~]*"( *, *(W/)?"[!#-~]*")*)?'
 
 
-def check_preconditions(request: Request, there: Any) -> bool:
+def check_preconditions(request: Request, there: Any, tag: str = "") -> bool:
     """Does the client have what is there? 412 if the request means something else.
 
-    there is None where nothing is (RFC 9110 §13.2.2).
+    there is None where nothing is (RFC 9110 §13.2.2); its tag is made if need be.
     """
     match = request.environ.get("HTTP_IF_MATCH", "")
     none_match = request.environ.get("HTTP_IF_NONE_MATCH", "")
     if not (match or none_match):
         return False
     for header in (match, none_match):
-        if len(header) > 4096 or not re.fullmatch(ENTITY_TAGS, header):
-            right = "* or quoted entity tags with commas between, 4,096 characters"
+        if len(header) > 4096:  # which takes long to read
+            right = "If-Match and If-None-Match may have 4,096 characters"
+            raise http.RequestHeaderFieldsTooLarge(right)
+        if not re.fullmatch(ENTITY_TAGS, header):
+            right = "* or quoted entity tags with commas between"
             raise http.BadRequest(f"If-Match and If-None-Match take {right}")
-    tag = tag_of(line(there))
+    tag = tag or tag_of(line(there))
     is_there = there is not None
     if match and not (is_there and (match == "*" or re.search(f"(?<!W/){tag}", match))):
         raise http.PreconditionFailed("If-Match does not name what is there now")
@@ -1662,8 +1675,8 @@ def error_answer(error: http.HTTPException, is_oauth: bool = False) -> Response:
     if is_oauth:
         if "error" not in body:
             is_busy = status in (429, 503)
-            code = "temporarily_unavailable" if is_busy else "invalid_request"
-            code = getattr(error, "oauth_error", code)
+            common = "temporarily_unavailable" if is_busy else "invalid_request"
+            code = getattr(error, "oauth_error", common)
             body = {"error": code, "error_description": text}
         headers["Cache-Control"] = "no-store"
         status = 400 if status == 401 else status
@@ -1778,7 +1791,7 @@ def refuse_name_as_password(
 
 def add_account(app: Any, name: str, hash: str, roles: Iterable[str] = ()) -> None:
     """A new account with its starter items; 409 if the name is or was taken."""
-    with app.store.write(name) as data:
+    with app.store.write(name, NO_ITEMS) as data:
         if data["account"]:
             raise http.Conflict(f"The name {name} is taken")
         data["account"] = {"hash": hash, "roles": sorted(set(roles))}
@@ -1912,7 +1925,7 @@ def needed(given: Namespace, name: str) -> str:
     return str(given[name])
 
 
-def log_in(request: Request, given: Namespace) -> Claims:
+def log_in(request: Request, given: Namespace) -> dict[str, Any]:
     """A new session's tokens. First-party login: RFC 9700 retires it for others."""
     app, name = request.app, needed(given, "username")
     account = check_password(request, name, needed(given, "password"))
@@ -1923,11 +1936,11 @@ def log_in(request: Request, given: Namespace) -> Claims:
     return pair_of(app.tokens, name, sid, data)
 
 
-def pair_of(tokens: Tokens, name: str, sid: str, data: Data) -> Claims:
+def pair_of(tokens: Tokens, name: str, sid: str, data: Data) -> dict[str, Any]:
     return tokens.pair(name, roles_of(data), sid, data["sessions"][sid])
 
 
-def refresh(request: Request, given: Namespace) -> Claims:
+def refresh(request: Request, given: Namespace) -> dict[str, Any]:
     """The next generation's tokens; a replayed token ends its session."""
     app = request.app
     claims = app.tokens.verify(REFRESH, needed(given, "refresh_token"))
@@ -2218,7 +2231,10 @@ def responses(route: Route) -> dict[str, Any]:
     if route.status != 204:
         success |= content(schema)
     error = {"description": "An error"} | content(reference("Error"))
-    return {str(route.status): success, "default": error}
+    found = {str(route.status): success, "default": error}
+    if route.view in (list_items, read_item):
+        found["304"] = {"description": HTTP_STATUS_CODES[304]}
+    return found
 
 
 def reference(name: str) -> dict[str, Any]:
@@ -2257,9 +2273,8 @@ def read_docs(request: Request, file: str = "") -> Response:
     if package is None:
         raise http.NotFound("The page needs: pip install flask-swagger-ui")
     if not file:
-        page = Response(
-            DOCS.format(title=escape(request.app.title)), mimetype="text/html"
-        )
+        html = DOCS.format(title=escape(request.app.title))
+        page = Response(html, mimetype="text/html")
         page.headers["Content-Security-Policy"] = POLICY
         return page
     if file == "start.js":
@@ -2301,9 +2316,8 @@ class App:
         self.store = open_store(settings.store_url) if store is None else store
         if not settings.secret_key:
             if not isinstance(self.store, MemoryStore):
-                raise ValueError(
-                    "SERVICE_SECRET_KEY must be set for a store that lasts"
-                )
+                right = "must be set for a store that lasts: openssl rand -hex 32"
+                raise ValueError(f"SERVICE_SECRET_KEY {right}")
             # It forgets as much at exit as the store does.
             settings = replace(settings, secret_key=secrets.token_hex(32))
         self.settings, self.clock, self.title = settings, clock, title
@@ -2342,9 +2356,8 @@ class App:
         except RequestRedirect:
             response = error_answer(http.NotFound())
         except http.HTTPException as error:
-            response = error_answer(
-                error, is_oauth=request.path in ("/token", "/revoke")
-            )
+            is_oauth = request.path in ("/token", "/revoke")
+            response = error_answer(error, is_oauth)
         except Exception:
             log.exception("a bug: %s %s", request.method, request.path)
             response = error_answer(http.InternalServerError())
@@ -2371,12 +2384,14 @@ class App:
         arguments, request.is_open = dict(found), route.is_open
         if not route.is_open:  # 401 comes before all else
             request.authenticate()
-            if not route.resource:  # whose views look at the session with the data
+            # A resource's view looks at the session with its data; others may not.
+            if not route.resource:
                 request.read(NO_ITEMS)
         if "\0" in path:
             raise http.BadRequest("A path holds no NUL")
-        if len(environ.get("CONTENT_TYPE", "")) > 500:  # which takes long to read
-            raise http.UnsupportedMediaType("Content-Type may have 500 characters")
+        if len(environ.get("CONTENT_TYPE", "")) > 512:  # which takes long to read
+            right = "Content-Type may have 512 characters"
+            raise http.RequestHeaderFieldsTooLarge(right)
         if route.resource:
             arguments["resource"] = route.resource
         result = route.view(request, **arguments)
@@ -2424,7 +2439,7 @@ def guard(
         environ: WSGIEnvironment, start_response: StartResponse
     ) -> Iterable[bytes]:
         for name in ("REMOTE_USER", "HTTP_REMOTE_USER", "AUTH_TYPE", "service.claims"):
-            environ.pop(name, None)  # nobody says himself who he is
+            environ.pop(name, None)  # no client says who it is
         if environ.get("PATH_INFO") not in paths and not is_preflight(environ):
             try:
                 claims = tokens.verify(ACCESS, bearer_token(environ))
@@ -2449,7 +2464,7 @@ def remote_keys(url: str) -> FindKey:
         keys = None
         try:
             with lock:
-                keys = client.get_signing_keys()  # of which none may be right
+                keys = client.get_signing_keys()  # though it may lack this one
             key = client.get_signing_key(kid)
         except (jwt.PyJWTError, ValueError, TypeError, RuntimeError, OSError) as error:
             if keys and not isinstance(error, jwt.PyJWKClientConnectionError):

@@ -33,7 +33,7 @@ import pytest
 from werkzeug.datastructures import Headers
 
 import service
-from test_service import FORM, PASSWORD, Answer
+from test_service import FORM, LOGIN, PASSWORD, Answer
 
 ROOT = Path(service.__file__).parent
 begun: set[str] = set()
@@ -64,11 +64,10 @@ def free_port() -> int:
 
 
 def is_running(pid: int) -> bool:
-    try:
+    with suppress(ProcessLookupError):
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
+        return True
+    return False
 
 
 def clean_environ(**environ: str) -> dict[str, str]:
@@ -97,12 +96,15 @@ class serve:
         *flags: str,
         command: Iterable[str] = ("gunicorn",),
         folder: Path = ROOT,
+        prefix: str = "",
+        seconds: float = 30,
         **environ: str,
     ) -> None:
         port = environ.setdefault("PORT", str(free_port()))
         self.command = [word.replace("{port}", port) for word in (*command, *flags)]
         self.environ, self.folder = clean_environ(**environ), folder
-        self.port, self.prefix = int(port), environ.get("SCRIPT_NAME", "")
+        self.seconds = seconds
+        self.port, self.prefix = int(port), prefix or environ.get("SCRIPT_NAME", "")
         self.url = f"http://127.0.0.1:{port}{self.prefix}"
 
     def __enter__(self) -> serve:
@@ -135,9 +137,9 @@ class serve:
     def wait_until_ready(self) -> None:
         def is_ready() -> bool:
             assert self.process.poll() is None, self.log
-            return self("GET /health").status > 0
+            return self("GET /health").status == 200
 
-        eventually(is_ready, 300)  # it may be installed before it starts
+        eventually(is_ready, self.seconds)
 
     def stop(self) -> int:
         """End it gracefully, as systemd would; its exit status."""
@@ -183,9 +185,8 @@ class serve:
 
     def log_in(self, name: str, password: str = PASSWORD) -> dict[str, Any]:
         """The token pair of a new session."""
-        pair = self(
-            "POST /token", grant_type="password", username=name, password=password
-        )
+        form = LOGIN | {"username": name, "password": password}
+        pair = self("POST /token", **form)
         assert pair.status == 200, pair
         return dict(pair.json)
 
@@ -218,7 +219,6 @@ def run(
         stderr=subprocess.STDOUT,
         text=True,
         timeout=60,
-        check=False,
     )
     return done.returncode, done.stdout
 

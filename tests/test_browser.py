@@ -1,7 +1,5 @@
 """The page to try the service on, and pages of other origins, in a real browser."""
 
-from __future__ import annotations
-
 import shutil
 from typing import Any
 from urllib.parse import urlencode

@@ -411,7 +411,7 @@ def issuing(tmp_path_factory):
         yield server
 
 
-def example(command: str, **environ: str) -> serve:
+def example(command: str, **environ: Any) -> serve:
     """An example, run as its reader would run it."""
     python, folder = [sys.executable, *command.split()], ROOT / "examples"
     return serve(command=python, folder=folder, PYTHONPATH=str(ROOT), **environ)
@@ -438,9 +438,7 @@ MOUNTS = {
 
 @each("host", MOUNTS)
 def test_the_service_lives_under_a_prefix_of_every_kind_of_host(host):
-    with example(MOUNTS[host]) as server:
-        assert "/api" in server("GET /").text
-        server.prefix = "/api"
+    with example(MOUNTS[host], prefix="/api") as server:
         token = server.user("alice")
         for line, values, status, expected in TRANSCRIPT:
             answer = server(line, token, **values or {})
@@ -455,6 +453,8 @@ def test_the_service_lives_under_a_prefix_of_every_kind_of_host(host):
         assert server("GET /todos/todo5", token).json == {"task": task}
         challenge = server("GET /todos").headers["WWW-Authenticate"]
         assert challenge == 'Bearer realm="service"'
+        server.prefix = ""
+        assert "/api" in server("GET /").text
 
 
 # ---- OAuth clients ------------------------------------------------------------------
