@@ -187,7 +187,7 @@ async def fetch(http: AsyncClient, what: str, url: str, seconds: float) -> Respo
         async with asyncio.timeout(seconds):
             response = await http.get(url)
     except (TimeoutError, HTTPError, InvalidURL, ValueError) as error:
-        text = str(error)[:200] or type(error).__name__
+        text = str(error)[:200] or "no answer"  # a timeout has no text
         raise Trouble(f"{what}: {text}") from None
     if response.status_code != 200:
         raise Trouble(f"{what}: HTTP {response.status_code}")

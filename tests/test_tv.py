@@ -33,7 +33,6 @@ from tv_monitor import (
     Channel,
     Clock,
     Continuity,
-    Group,
     Monitor,
     Service,
     Stream,
@@ -144,7 +143,7 @@ def test_the_clock_stands_still_while_the_monitor_gets_no_processor_time() -> No
 
 # ---- An origin -----------------------------------------------------------------------
 
-PACKETS = 50  # in a segment, which lasts half a target duration: half a second
+PACKETS = 50  # in a segment of a second
 
 
 class Origin:
@@ -204,19 +203,19 @@ class Origin:
 
     def slowly(self, body: bytes) -> Iterator[bytes]:
         yield body[:188]
-        self.closing.wait(0.8)
+        self.closing.wait(1.3)
         yield body[188:]
 
     def playlist(self, name: str, kind: str, fault: str) -> str:
-        newest = 1000 + int(2 * (time.monotonic() - self._began))
+        newest = 1000 + int(time.monotonic() - self._began)
         last = newest - self.begun.get(name, 0)
         if fault in ("stopped", "ended"):
             last = self.frozen.setdefault(name, last)
-        first = max(0, last - 6)
+        first = max(0, last - 4)
         lines = ["#EXTM3U", "#EXT-X-TARGETDURATION:1"]
         lines += [f"#EXT-X-MEDIA-SEQUENCE:{first}"]
         for number in range(first, last + 1):
-            lines += ["#EXTINF:0.5,", f"{kind}/{number}.ts"]
+            lines += ["#EXTINF:1.0,", f"{kind}/{number}.ts"]
         lines += ["#EXT-X-ENDLIST"] if fault == "ended" else []
         return "\n".join(lines)
 
@@ -297,7 +296,7 @@ FAULTS = {  # what breaks, what that makes of a channel, and the reason that is 
     "malformed": ("off-air", "playlist: malformed"),
     "loop": ("off-air", "playlist: Exceeded maximum allowed redirects"),
     "no segments": ("off-air", "segment: HTTP 404"),
-    "hanging": ("off-air", "playlist: TimeoutError"),
+    "hanging": ("off-air", "playlist: no answer"),
     "all variants": ("off-air", "playlist: HTTP 404"),
     "scrambled": ("off-air", "scrambled"),
     "one variant": ("degraded", "200 kbit/s: dead: playlist: HTTP 404"),
@@ -310,7 +309,7 @@ HEALTHY = ("tokens", "led", "flaky")
 WITH_MASTER = ("one variant", "all variants", "tokens")
 
 
-async def until(is_so: Callable[[], Any], what: str, seconds: float = 60) -> None:
+async def until(is_so: Callable[[], Any], what: str, seconds: float = 20) -> None:
     """Wait for it; a bound for when it never comes."""
     deadline = time.monotonic() + seconds
     while not is_so():
@@ -324,10 +323,7 @@ def segments_asked(origin: Origin, channel: str) -> list[int]:
     return [n for path, n in asked if path.startswith(f"/{channel}/") and ".ts" in path]
 
 
-def test_each_fault_is_told_as_what_it_is_and_so_is_its_end(
-    origin: Origin, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Group, "target", 0.5)  # as six good ones take long enough
+def test_each_fault_is_told_as_what_it_is_and_so_is_its_end(origin: Origin) -> None:
     paths = {name: name.replace(" ", "-") for name in (*FAULTS, *HEALTHY)}
     channels, groups = {}, {}
     for name, path in paths.items():
@@ -374,10 +370,7 @@ def test_each_fault_is_told_as_what_it_is_and_so_is_its_end(
         worst, _ = FAULTS.get(name, ("", ""))
         if worst == "off-air":  # on the way there and back viewers may notice less
             states = [state for state in states if state != "degraded"]
-        # On a busy machine the segments of half a second may come late besides.
-        right = ["on air", worst or "degraded", "on air"]
-        assert states[:3] == right[: len(states)] and {*states} <= {*right}, name
-        assert len(states) >= 3 or not worst, name
+        assert states == (["on air", worst, "on air"] if worst else ["on air"]), name
     assert max(segments_asked(origin, "flaky")) == 1
 
 
