@@ -18,6 +18,7 @@ import argparse
 import asyncio
 import os
 import re
+import signal
 import socket
 import sys
 import time
@@ -181,27 +182,36 @@ class Trouble(Exception):
     """What a viewer's player would have met."""
 
 
-async def fetch(http: AsyncClient, what: str, url: str, seconds: float) -> Response:
-    """The whole answer. Raises Trouble."""
+MOST_BYTES = {"playlist": 1_000_000, "segment": 100_000_000}
+
+
+async def fetch(
+    http: AsyncClient, what: str, url: str, seconds: float
+) -> tuple[str, bytes]:
+    """Where redirects led, and all that is there. Raises Trouble."""
+    body, most = bytearray(), MOST_BYTES[what]
     try:
-        async with asyncio.timeout(seconds):
-            response = await http.get(url)
+        async with asyncio.timeout(seconds), http.stream("GET", url) as response:
+            if response.status_code != 200:
+                raise Trouble(f"{what}: HTTP {response.status_code}")
+            async for chunk in response.aiter_bytes():
+                body += chunk
+                if len(body) > most:  # an origin may never end
+                    raise Trouble(f"{what}: more than {most:,} bytes")
     except (TimeoutError, HTTPError, InvalidURL, ValueError) as error:
         text = str(error)[:200] or "no answer"  # a timeout has no text
         raise Trouble(f"{what}: {text}") from None
-    if response.status_code != 200:
-        raise Trouble(f"{what}: HTTP {response.status_code}")
-    return response
+    return str(response.url), bytes(body)
 
 
 async def read_playlist(http: AsyncClient, url: str, seconds: float) -> m3u8.M3U8:
     """A master or media playlist with absolute URLs. Raises Trouble."""
-    response = await fetch(http, "playlist", url, seconds)
-    text = response.content.decode(errors="replace")
+    url, body = await fetch(http, "playlist", url, seconds)
+    text = body.decode(errors="replace")
     if not text.startswith("#EXTM3U"):  # m3u8 takes HTML for an empty playlist
         raise Trouble("playlist: not a playlist")
     try:
-        playlist = m3u8.loads(text, uri=str(response.url))
+        playlist = m3u8.loads(text, uri=url)
         for each in [*playlist.playlists, *playlist.segments]:
             each.uri = str(each.absolute_uri)
         for each in playlist.segments:  # m3u8 lets them have none
@@ -262,11 +272,11 @@ class Variant(Stream):
         try:
             if segment.gap_tag:
                 raise Trouble("segment: marked as missing")
-            answer = await fetch(http, "segment", segment.uri, 2 * self.target)
+            _, body = await fetch(http, "segment", segment.uri, 2 * self.target)
         except Trouble as trouble:
             self.miss(str(trouble))
         else:
-            self._look_at(answer.content, segment, clock.now - began)
+            self._look_at(body, segment, clock.now - began)
             self.had = self.had if self.trouble else number
 
     def _look_at(self, body: bytes, segment: m3u8.Segment, took: float) -> None:
@@ -552,6 +562,8 @@ class Monitor:
             if key not in wanted or channel.task.done():  # by a fault of this program
                 channel.task.cancel()
                 del self.channels[key]
+                if self.is_active and key[0] not in items:
+                    await self.service.request("DELETE", state_path(key[0]))
         for key, item in wanted.items():
             if key not in self.channels:
                 self.channels[key] = channel = Channel(item, self.interface)
@@ -568,7 +580,7 @@ class Monitor:
             is_due = age >= (self.patience / 3 if key == first else 30)
             is_news = channel.history[-1:] != channel.told
             if (is_due or is_news) if self.is_active else (is_due and key == first):
-                await self._send(f"/states/{quote(key[0], safe='')}", channel)
+                await self._send(state_path(key[0]), channel)
 
     async def _send(self, path: str, channel: Channel) -> None:
         """Put a report, unless somebody else does."""
@@ -596,6 +608,10 @@ class Monitor:
         if is_mine != self.is_active:
             self.is_active = is_mine
             say(f"this monitor {'reports' if is_mine else 'stands by'}")
+
+
+def state_path(id: str) -> str:
+    return f"/states/{quote(id, safe='')}"
 
 
 def table(monitor: Monitor) -> Table:
@@ -653,6 +669,8 @@ def main() -> None:
     parser.add_argument("--interface", default="0.0.0.0", help="for multicast, by IP")
     options = parser.parse_args()
     password = os.environ.get("TV_PASSWORD") or getpass()
+    # As Ctrl-C does, so that the terminal gets its cursor back.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     service = Service(options.service, options.user, password)
     try:
         if options.m3u:

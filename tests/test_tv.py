@@ -187,6 +187,8 @@ class Origin:
             return Response("no", int(fault.split()[1]))
         if fault == "malformed":
             return Response("#EXTM3U\n#EXT-X-BYTERANGE:188@0\n1.ts")
+        if fault == "endless":
+            return Response("#EXTM3U\n# " + "x" * 1_000_000)
         if fault == "HTML":
             return Response("<html>Please log in</html>")
         if kind == "master":
@@ -294,6 +296,7 @@ FAULTS = {  # what breaks, what that makes of a channel, and the reason that is 
     "playlist 403": ("off-air", "playlist: HTTP 403"),
     "HTML": ("off-air", "playlist: not a playlist"),
     "malformed": ("off-air", "playlist: malformed"),
+    "endless": ("off-air", "playlist: more than 1,000,000 bytes"),
     "loop": ("off-air", "playlist: Exceeded maximum allowed redirects"),
     "no segments": ("off-air", "segment: HTTP 404"),
     "hanging": ("off-air", "playlist: no answer"),
@@ -797,6 +800,14 @@ def test_reports_survive_the_ends_of_the_service_and_of_a_monitor(
             with serving(station.app, port):
                 expected = ["on air", "off-air", "on air"]
                 await until(lambda: states() == expected, "the other one's report")
+                station(f"DELETE /channels/{id}", "ann")
+                for monitor in monitors.values():
+                    monitor.list_due = 0.0  # not in 5 s
+                report = f"GET /states/{id}"
+                await until(
+                    lambda: station(report, "viewer").status_code == 404,
+                    "the report goes with its channel",
+                )
 
     asyncio.run(test(free_port()))
     gc.collect()
