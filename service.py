@@ -223,6 +223,7 @@ PLACES = {  # a part of the request, and what an error calls it
     "files": "an uploaded file",
 }
 BODY = ("json", "form")
+URLENCODED, MULTIPART = "application/x-www-form-urlencoded", "multipart/form-data"
 MISSING: Any = object()
 
 
@@ -511,9 +512,9 @@ def refuse_unless_utf8(request: werkzeug.Request, place: str) -> None:
     try:
         if place == "args":
             unquote_to_bytes(request.query_string).decode()
-        elif request.mimetype == "application/x-www-form-urlencoded":
+        elif request.mimetype == URLENCODED:
             unquote_to_bytes(request.get_data()).decode()
-        elif request.mimetype == "multipart/form-data":
+        elif request.mimetype == MULTIPART:
             body = request.get_data()
             texts = "".join(filter(None, chain(*request.form.items(multi=True))))
             if texts.count("\ufffd") > body.count("\ufffd".encode()):
@@ -1456,7 +1457,7 @@ def log_event(event: str, user: str, address: str | None) -> None:
 # What stands between the wire and the views: a request that knows its bearer and opens
 # the data; answers in JSON; and the preconditions of RFC 9110 §13.
 
-FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
+FORMS = (URLENCODED, MULTIPART)
 BODIES = ("application/json", *FORMS)
 PATCHES = ("application/merge-patch+json", *BODIES)
 
