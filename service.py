@@ -839,8 +839,8 @@ class MemoryStore:
     """Dicts under a lock: one process, and all is gone when it ends."""
 
     def __init__(self) -> None:
-        self._documents: dict[str, Row] = {}
-        self._items: dict[str, dict[str, dict[str, Row]]] = {}  # by owner and resource
+        # Rows by owner, resource and id; the document first, as it has no resource.
+        self._owners: dict[str, dict[str, dict[str, Row]]] = {}
         self._lock = threading.RLock()
 
     def read(self, owner: str, query: Query = EVERYTHING) -> Data:
@@ -858,29 +858,26 @@ class MemoryStore:
             yield data
             changed = data.changes()
             if data.is_cleared:
-                self._items.pop(owner, None)
+                self._owners.pop(owner, None)
+            resources = self._owners.setdefault(owner, {"": {}})
             for row in changed:
-                if not row.resource:
-                    self._documents[owner] = row
-                    continue
-                items = self._items.setdefault(owner, {}).setdefault(row.resource, {})
+                rows = resources.setdefault(row.resource, {})
                 if row.text:
-                    items[row.id] = row
+                    rows[row.id] = row
                 else:
-                    del items[row.id]
+                    del rows[row.id]
 
     def _select(self, owner: str, query: Query) -> list[Row]:
         with self._lock:
-            resources = self._items.get(owner, {})
+            resources = self._owners.get(owner, {})
+            document = resources.get("", {}).get("", NO_DOCUMENT)
             items = resources.get(query.resource, {})
+            rows: Iterable[Row] = items.values()
             if query.id:
-                rows: Iterable[Row] = [items[query.id]] if query.id in items else []
-            elif query.resource:
-                in_order = items.values()
-                rows = dropwhile(lambda row: row.position <= query.after, in_order)
-            else:
+                rows = [items[query.id]] if query.id in items else []
+            elif not query.resource:
                 rows = chain(*map(dict.values, resources.values()))
-            document = self._documents.get(owner, NO_DOCUMENT)
+            rows = dropwhile(lambda row: row.position <= query.after, rows)
             # One more than the limit shows that there are more.
             most = query.limit + 1 if query.limit else 0
             return [document, *islice(rows, most)]
@@ -1466,7 +1463,6 @@ class Request(werkzeug.Request):
     """Werkzeug's request, with the app, its bearer and the data."""
 
     max_form_memory_size = None  # stream bounds the whole body
-    is_open = True  # the route asks for no bearer
 
     def __init__(self, environ: WSGIEnvironment, app: Any) -> None:
         super().__init__(environ, populate_request=False)
@@ -1476,19 +1472,17 @@ class Request(werkzeug.Request):
     def stream(self) -> BytesIO:
         """The body in memory: all of it, or 413, chunked or not."""
         limit, length = self.app.settings.max_body, self.content_length or 0
-        is_endless = bool(self.environ.get("wsgi.input_terminated"))
         too_large = http.RequestEntityTooLarge(f"A body may have {limit:,} bytes")
         if length > limit:
             raise too_large  # without waiting for it
         if self.headers.get("Content-Encoding", "").lower() not in ("", "identity"):
             raise http.UnsupportedMediaType("Send the body without Content-Encoding")
+        is_endless = "wsgi.input_terminated" in self.environ
         if "Transfer-Encoding" in self.headers and not is_endless:
             raise http.LengthRequired("Send the body with a Content-Length")
-        wanted = limit + 1 if is_endless and self.content_length is None else length
-        source, body = self.environ["wsgi.input"], b""
+        self.max_content_length = limit + 1  # Werkzeug ends there, and says nothing
         try:
-            while len(body) < wanted and (part := source.read(wanted - len(body))):
-                body += part
+            body = super().stream.read()
         except Exception as error:  # every server has its own for a broken body
             raise http.BadRequest("The body could not be read to its end") from error
         if len(body) > limit:
@@ -1501,15 +1495,7 @@ class Request(werkzeug.Request):
         return BytesIO()  # as the body is in memory: nothing has to be closed
 
     def parse(self, parser: RequestParser, partial: bool = False) -> Namespace:
-        """What the parser finds; 401 before all else once the session has ended."""
-        try:
-            return self._parse(parser, partial)
-        except http.HTTPException:
-            if not self.is_open:
-                self.read(NO_ITEMS)
-            raise
-
-    def _parse(self, parser: RequestParser, is_partial: bool) -> Namespace:
+        """What the parser finds; 415 for a body that is neither JSON nor a form."""
         body, kind, parts = self.get_data(), self.mimetype, Parts(self)
         is_known = self.is_json and kind != "application/json-patch+json"
         if body and not is_known and kind not in FORMS:
@@ -1517,7 +1503,7 @@ class Request(werkzeug.Request):
         if kind in FORMS and body.lstrip().startswith((b"{", b"[")):
             hint = "The body looks like JSON: send Content-Type: application/json"
             raise http.BadRequest(hint)
-        values = parser.clean(parts, partial=is_partial)
+        values = parser.clean(parts, partial=partial)
         is_empty = not body or (self.is_json and not parts["json"])
         found = [
             each.place_in(parts) for each in parser.args if each.places != ["args"]
@@ -2382,10 +2368,10 @@ class App:
                     response.headers["Accept-Patch"] = ", ".join(PATCHES)
                 return response
         route, found = self._match(path, request.method)
-        arguments, request.is_open = dict(found), route.is_open
+        arguments = dict(found)
         if not route.is_open:  # 401 comes before all else
             request.authenticate()
-            # A resource's view looks at the session with its data; others may not.
+            # A resource's view looks at the session with its data; others need not.
             if not route.resource:
                 request.read(NO_ITEMS)
         if "\0" in path:
@@ -2395,7 +2381,12 @@ class App:
             raise http.RequestHeaderFieldsTooLarge(right)
         if route.resource:
             arguments["resource"] = route.resource
-        result = route.view(request, **arguments)
+        try:
+            result = route.view(request, **arguments)
+        except http.HTTPException:
+            if route.resource:
+                request.read(NO_ITEMS)  # 401 before all else
+            raise
         if isinstance(result, Response):
             return result
         if not isinstance(result, tuple):
