@@ -883,10 +883,10 @@ class MemoryStore:
             return [document, *islice(rows, most)]
 
 
-DOCUMENT = "SELECT '', 0, '', document FROM users WHERE name = :owner"
-ITEMS = "SELECT resource, position, id, value FROM items WHERE owner = :owner"
-ITEM = f"{ITEMS} AND resource = :resource AND id = :id"
-PAGE_OF_ITEMS = (  # with one item more than Data keeps, if there is one
+SELECT_DOCUMENT = "SELECT '', 0, '', document FROM users WHERE name = :owner"
+SELECT_ITEMS = "SELECT resource, position, id, value FROM items WHERE owner = :owner"
+SELECT_ITEM = f"{SELECT_ITEMS} AND resource = :resource AND id = :id"
+SELECT_PAGE = (  # with one item more than Data keeps, if there is one
     "SELECT resource, position, id, value FROM (SELECT *, sum(length(value)) OVER"
     " (ORDER BY position ROWS BETWEEN UNBOUNDED PRECEDING AND 2 PRECEDING) AS size"
     " FROM items WHERE owner = :owner AND resource = :resource AND position > :after"
@@ -919,9 +919,15 @@ Statement = tuple[str, Mapping[str, Any]]
 
 def select_rows(owner: str, query: Query) -> Statement:
     """One statement, so that all it finds is of one moment."""
-    items = ITEM if query.id else PAGE_OF_ITEMS if query.resource else ITEMS
-    sql = f"{DOCUMENT} UNION ALL {items} ORDER BY 1, 2" if query.limit else DOCUMENT
-    return sql, {"owner": owner, **query._asdict()}
+    values = {"owner": owner, **query._asdict()}
+    if not query.limit:
+        return SELECT_DOCUMENT, values
+    items = SELECT_ITEMS
+    if query.id:
+        items = SELECT_ITEM
+    elif query.resource:
+        items = SELECT_PAGE
+    return f"{SELECT_DOCUMENT} UNION ALL {items} ORDER BY 1, 2", values
 
 
 def statement_for(row: Row) -> str:
@@ -1072,7 +1078,7 @@ class PostgresStore(SQLStore):
     may come up.
     """
 
-    begin = ("BEGIN", CLAIM, f"{DOCUMENT} FOR UPDATE")
+    begin = ("BEGIN", CLAIM, f"{SELECT_DOCUMENT} FOR UPDATE")
 
     def __init__(self, url: str) -> None:
         super().__init__()
