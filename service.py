@@ -2389,8 +2389,8 @@ class App:
             arguments["resource"] = route.resource
         try:
             result = route.view(request, **arguments)
-        except http.HTTPException:
-            if route.resource:
+        except http.HTTPException as error:
+            if route.resource and error.code != 503:
                 request.read(NO_ITEMS)  # 401 before all else
             raise
         if isinstance(result, Response):
