@@ -2041,10 +2041,10 @@ def existing_item(data: Data, resource: Resource, id: str) -> dict[str, Any]:
 
 def next_id(data: Data, resource: Resource) -> str:
     """The first number above all that ids have had, also those that a PUT chose."""
-    number = data.counter(resource.name)["number"]
+    counter = data.counter(resource.name)
     while True:
-        number += 1
-        id = f"{resource.item}{number}"
+        counter["number"] += 1
+        id = f"{resource.item}{counter['number']}"
         data.fetch(Query(resource.name, id))
         if id not in data[resource.name]:  # a block may have put it there by hand
             return id
@@ -2061,7 +2061,7 @@ def add_item(
     counter = data.counter(resource.name)
     if counter["count"] >= limit:
         raise http.Forbidden(f"There is room for {limit:,} items: delete one first")
-    if match := re.fullmatch(f"{resource.item}([1-9][0-9]*)", id):
+    if match := re.fullmatch(f"{resource.item}([1-9][0-9]{{0,39}})", id):
         counter["number"] = max(counter["number"], int(match[1]))
     data[resource.name][id] = dict(item)
 
