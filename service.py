@@ -167,8 +167,8 @@ def normal_origin(text: str) -> str:
     >>> normal_origin("https://App.Example:443")
     'https://app.example'
     """
-    pattern = r"(https?)://([a-z0-9_-]+(?:\.[a-z0-9_-]+)*)(:[1-9][0-9]{0,4})?/?"
-    form = re.fullmatch(pattern, text.lower())
+    hosts = r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*|\[[0-9a-f:]+\]"
+    form = re.fullmatch(f"(https?)://({hosts})(:[1-9][0-9]{{0,4}})?/?", text.lower())
     if not form:
         return ""
     scheme, host, after_colon = form.groups("")

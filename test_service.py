@@ -2321,7 +2321,7 @@ def test_without_its_package_the_page_is_404_and_names_it(world, monkeypatch):
 # What holds for every answer, and for the pages of other origins.
 
 EXPOSED = {"ETag", "Link", "Location", "Retry-After", "WWW-Authenticate"}
-PORT = "http://a.example:81"
+PORT, LOCAL = "http://a.example:81", "http://[::1]:5173"
 REFUSED_ORIGINS = [None, "null", "", "https://other.example", f"{APP}.evil.example"]
 REFUSED_ORIGINS += ["https://evil-app.example", "http://app.example", f"{APP}:8443"]
 
@@ -2333,8 +2333,8 @@ REFUSED_ORIGINS += ["https://evil-app.example", "http://app.example", f"{APP}:84
         "all are": ("*", APP, "*"),
         "this one is": (APP, APP, APP),
         "the second of a list": (f"{APP}, {PORT}", PORT, PORT),
-        "written in capitals": ("https://App.Example", APP, APP),
-        "written with its port": ("https://app.example:443", APP, APP),
+        "written with capitals and port": ("https://App.Example:443/", APP, APP),
+        "an IPv6 address": (f"{APP},{LOCAL}", LOCAL, LOCAL),
     }
     | {f"not {origin}": (APP, origin, None) for origin in REFUSED_ORIGINS},
 )
