@@ -73,8 +73,9 @@ def ask_app() -> tuple[bool, str]:
 def number(variable: str, default: int, least: int, most: int) -> int:
     """A whole number from the environment; ends the start if it is out of range."""
     text = os.environ.get(variable) or str(default)
-    if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
-        sys.exit(f"{variable} is a number, {least} to {most}, and not {text!r}")
+    is_number = text.isascii() and text.isdigit() and len(text) < 9
+    if not (is_number and least <= int(text) <= most):
+        sys.exit(f"{variable} is a number, {least} to {most}, and not {text[:40]!r}")
     return int(text)
 
 

@@ -49,15 +49,17 @@ from itertools import accumulate, chain, dropwhile, islice
 from pathlib import Path
 from selectors import EVENT_READ, DefaultSelector
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import quote, unquote_to_bytes
+from urllib.parse import parse_qsl, quote
 from uuid import UUID
+from weakref import proxy
 
 import jwt
 import werkzeug
 from jwt.utils import base64url_encode
 from werkzeug import Response
 from werkzeug import exceptions as http
-from werkzeug.datastructures import FileStorage
+from werkzeug.datastructures import FileStorage, MultiDict
+from werkzeug.formparser import FormDataParser
 from werkzeug.http import HTTP_STATUS_CODES
 from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.routing import Map, RequestRedirect, Rule
@@ -118,6 +120,7 @@ class Settings:
             "AUDIENCE must be a name such as https://todo.example, or several": (
                 re.fullmatch(r"[ !#-\[\]-~]{0,1000}", self.audience)
             ),
+            "SIGNING_KEY_FILE must name PEM files such as key.pem": True,
             "CORS_ORIGINS must be * or origins such as https://app.example:8443": (
                 self.origins == ["*"] or all(map(normal_origin, self.origins))
             ),
@@ -126,7 +129,10 @@ class Settings:
             "PROXIES must be how many are in front, such as 1": 0 <= self.proxies < 10,
         }
         for rule, is_good in rules.items():
-            if not is_good:
+            text = str(getattr(self, rule.partition(" ")[0].lower()))
+            # What was not UTF-8 came as surrogates, which are not printable either.
+            is_text = text.isprintable() and (text.strip(" ,") or not text)
+            if not (is_good and is_text):
                 raise ValueError(f"SERVICE_{rule}")
 
     @classmethod
@@ -136,9 +142,6 @@ class Settings:
         for setting in fields(cls):
             name, example = f"SERVICE_{setting.name.upper()}", setting.default
             text = environ.get(name, "")
-            # What was not UTF-8 came as surrogates, which are not printable either.
-            if not text.isprintable():
-                raise ValueError(f"{name} must be printable UTF-8, such as {example!r}")
             if text:
                 is_number = isinstance(example, int)
                 given[setting.name] = number(name, text, example) if is_number else text
@@ -172,6 +175,8 @@ def normal_origin(text: str) -> str:
     if not form:
         return ""
     scheme, host, after_colon = form.groups("")
+    if int(after_colon[1:] or 0) > 65535:
+        return ""
     is_default = (scheme, after_colon) in (("http", ":80"), ("https", ":443"))
     return f"{scheme}://{host}{'' if is_default else after_colon}"
 
@@ -225,6 +230,7 @@ PLACES = {  # a part of the request, and what an error calls it
 BODY = ("json", "form")
 URLENCODED, MULTIPART = "application/x-www-form-urlencoded", "multipart/form-data"
 MISSING: Any = object()
+REMOVED: Any = object()  # by null, from an item that does not store what is missing
 
 
 class Namespace(dict[str, Any]):
@@ -256,6 +262,11 @@ class RequestParser:
     bundle_errors: bool = False
     args: list[Argument] = field(default_factory=list)
 
+    @property
+    def asked(self) -> set[tuple[str, str]]:
+        """Where to look, and for which name."""
+        return {(place, each.name) for each in self.args for place in each.places}
+
     def add_argument(self, name: str | Argument, **options: Any) -> RequestParser:
         """Add an Argument, or the one that Argument(name, **options) makes."""
         made = name if isinstance(name, Argument) else Argument(name)
@@ -275,7 +286,7 @@ class RequestParser:
 
     def copy(self) -> RequestParser:
         """An independent parser with the same arguments and options."""
-        return replace(self, args=[*self.args])
+        return replace(self, args=[replace(each) for each in self.args])
 
     def parse_args(
         self, request: werkzeug.Request, strict: bool = False, partial: bool = False
@@ -288,7 +299,7 @@ class RequestParser:
         Raises BadRequest with data {"message": {name: text}}, or {"message": text} for
         a body that cannot be read.
         """
-        return self.clean(Parts(request), strict, partial)
+        return self.clean(parts_of(request), strict, partial)
 
     def clean(
         self, parts: Mapping[str, Any], strict: bool = False, partial: bool = False
@@ -296,9 +307,9 @@ class RequestParser:
         """What parse_args gives, of the parts of a request by place."""
         values, errors = Namespace(), dict[str, str]()
         if strict:
-            known = {(place, each.name) for each in self.args for place in each.places}
+            asked = self.asked
             for place in ("json", "form", "files", "args"):
-                unknown = [name for name in parts[place] if (place, name) not in known]
+                unknown = [name for name in parts[place] if (place, name) not in asked]
                 errors |= dict.fromkeys(unknown, "Unknown argument")
         for each in self.args:
             try:
@@ -376,7 +387,9 @@ class Argument:
         part = parts[place]
         values = [part[self.name]] if place == "json" else part.getlist(self.name)
         if values == [None] and self.nullable is None and not self.required:
-            return self.make_default() if partial else MISSING
+            if not partial:
+                return MISSING
+            return self.make_default() if self.store_missing else REMOVED
         trim = trim if self.trim is None else self.trim
         if self.action == "store" or values == [None]:
             return self.convert(values[0], trim)
@@ -405,11 +418,14 @@ class Argument:
             value = self.kind(self.lowered(value))
             if self.is_kept:
                 (value if isinstance(value, str) else to_json(value)).encode()
+                refuse_absurd_depth(value)
         except BAD_VALUE as error:
             text = str(error) if isinstance(error, ValueError) else ""
             raise ValueError(text or "Invalid value") from None
         if self.choices and value not in self.choices:
             right = ", ".join(map(str, self.choices))
+            if isinstance(self.choices, range):
+                right = f"{self.choices[0]} to {self.choices[-1]}"
             raise ValueError(f"{value} is not a valid choice: use {right}")
         return value
 
@@ -421,8 +437,9 @@ class Argument:
     def schema(self) -> dict[str, Any]:
         """What one value must be, or a list of them, as JSON Schema."""
         schema = dict(getattr(self.kind, "__schema__", {}))
-        if isinstance(self.choices, range):
-            schema |= {"minimum": self.choices[0], "maximum": self.choices[-1]}
+        if isinstance(self.choices, range) and len(self.choices) > 100:
+            ends = sorted([self.choices[0], self.choices[-1]])
+            schema |= {"minimum": ends[0], "maximum": ends[1]}
         elif self.choices:
             schema["enum"] = list(self.choices)
         if self.action != "store":
@@ -436,7 +453,9 @@ BAD_VALUE = (
     ArithmeticError,
     AttributeError,
     LookupError,
+    StopIteration,
     RecursionError,
+    re.error,
 )
 TRUE, FALSE = ("true", "1", "on"), ("false", "0", "off")
 DIGITS = re.compile(r"[+-]?[0-9]{1,4300}")
@@ -489,38 +508,59 @@ STRICT = {
 class Parts(dict[str, Any]):
     """The parts of a request by their place, each read when it is asked for.
 
-    Raises BadRequest for what is not UTF-8, and for what is not strict JSON.
+    Raises BadRequest for what is not whole, not in UTF-8, or not strict JSON.
     """
 
     def __init__(self, request: werkzeug.Request) -> None:
-        self._request = request
+        self._request = proxy(request)  # weak, since the request keeps this
 
     def __missing__(self, place: str) -> Any:
         request = self._request
-        if place == "json":
-            part = read_json(request.get_data()) if request.is_json else {}
-        else:
-            if place in ("form", "args"):
-                refuse_unless_utf8(request, place)
-            part = getattr(request, place)
+        try:
+            if place == "json":
+                part = read_json(request.get_data()) if request.is_json else {}
+            elif place == "args":
+                part = read_pairs(request.query_string)
+            elif place == "form" and request.mimetype == URLENCODED:
+                part = read_pairs(request.get_data())
+            elif place in ("form", "files") and request.mimetype == MULTIPART:
+                self["form"], self["files"] = read_multipart(request)
+                part = self[place]
+            else:
+                part = getattr(request, place)
+        except ValueError:
+            text = f"Could not read {PLACES[place]}: send it whole, in UTF-8"
+            raise Refusal(message=text) from None
         self[place] = part
         return part
 
 
-def refuse_unless_utf8(request: werkzeug.Request, place: str) -> None:
+def parts_of(request: werkzeug.Request) -> Parts:
+    """They stay with the request, so that its body is read once."""
+    parts: Parts = vars(request).setdefault("parts", Parts(request))
+    return parts
+
+
+def read_pairs(text: bytes) -> MultiDict[str, str]:
     """Werkzeug would decode any byte to something, and forget what it was."""
-    try:
-        if place == "args":
-            unquote_to_bytes(request.query_string).decode()
-        elif request.mimetype == URLENCODED:
-            unquote_to_bytes(request.get_data()).decode()
-        elif request.mimetype == MULTIPART:
-            body = request.get_data()
-            texts = "".join(filter(None, chain(*request.form.items(multi=True))))
-            if texts.count("\ufffd") > body.count("\ufffd".encode()):
-                raise ValueError  # it stands for what could not be decoded
-    except ValueError:
-        raise Refusal(message="Forms and query strings must be in UTF-8") from None
+    pairs = parse_qsl(text.decode(), keep_blank_values=True, errors="strict")
+    return MultiDict(pairs)
+
+
+def read_multipart(request: werkzeug.Request) -> tuple[Any, Any]:
+    """Texts and files (RFC 7578). Half a form would look like one without the rest."""
+    body, options = request.get_data(), request.mimetype_params
+    if not body:
+        return request.form, request.files  # which somebody has read before
+    parser = FormDataParser(in_memory, max_form_memory_size=None, silent=False)
+    _, form, files = parser.parse(BytesIO(body), MULTIPART, len(body), options)
+    if "\ufffd" in "".join(filter(None, chain(*form.items(multi=True)))):
+        raise ValueError  # it stands for what could not be decoded
+    return form, files
+
+
+def in_memory(*_: Any, **__: Any) -> BytesIO:
+    return BytesIO()  # for an upload, as the whole body is; nothing has to be closed
 
 
 def read_json(body: bytes) -> dict[str, Any]:
@@ -533,8 +573,8 @@ def read_json(body: bytes) -> dict[str, Any]:
         value = from_json(body.decode("utf-8-sig") or "{}")
         if b"\\u" in body:
             to_json(value).encode()  # half of a surrogate pair cannot be
-        if body.count(b"[") + body.count(b"{") > DEEPEST and depth(value) > DEEPEST:
-            raise ValueError(f"it nests deeper than {DEEPEST} levels")
+        if body.count(b"[") + body.count(b"{") > DEEPEST:
+            refuse_absurd_depth(value)
     except (ValueError, RecursionError) as error:
         raise Refusal(message=f"The JSON body could not be read: {error}") from None
     if not isinstance(value, dict):
@@ -543,6 +583,11 @@ def read_json(body: bytes) -> dict[str, Any]:
 
 
 DEEPEST = 100  # levels of nesting: far from what Python itself cannot read again
+
+
+def refuse_absurd_depth(value: Any) -> None:
+    if depth(value) > DEEPEST:
+        raise ValueError(f"It nests deeper than {DEEPEST} levels")
 
 
 def depth(value: Any) -> int:
@@ -578,11 +623,12 @@ def as_text(value: Any) -> str:
     raise ValueError(f"JSON can hold no {type(value).__name__}")
 
 
-# Both are made once: json.dumps and json.loads would make new ones for each call.
+# All are made once: json.dumps and json.loads would make new ones for each call.
 to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=as_text).encode
 from_json = json.JSONDecoder(
     parse_float=Number, parse_constant=Number, object_pairs_hook=unique_members
 ).decode
+from_row = json.JSONDecoder(parse_float=Number, parse_constant=Number).decode
 
 
 @dataclass(frozen=True)
@@ -612,7 +658,7 @@ class Text:
     @property
     def __schema__(self) -> dict[str, Any]:
         limits = {"minLength": self.shortest, "maxLength": self.longest}
-        return {"type": "string", **limits, "pattern": f"^{self.pattern}$"}
+        return {"type": "string", **limits, "pattern": f"^(?:{self.pattern})$"}
 
 
 def date(value: Any) -> Date:
@@ -659,14 +705,21 @@ class Resource:
         shared: str | None = None,
     ) -> None:
         for word in (name, item):
-            if not re.fullmatch("[a-z][a-z-]{0,20}", word) or word in RESERVED:
+            if not re.fullmatch("(?!.{22})[a-z]+(-[a-z]+)*", word) or word in RESERVED:
                 right = "words such as notes and note can"
                 raise ValueError(f"{word!r} cannot name a resource or item; {right}")
-        if shared and starter:
+        if shared is not None and starter:
             raise ValueError(f"{name} is shared, so no account begins with some")
+        if shared is not None:
+            ROLE(shared)
         self.name, self.item, self.shared = name, item, shared
-        kept = [replace(each, location=BODY, is_kept=True) for each in arguments]
+        # Kept under its name, so that what was read can be sent again.
+        as_kept: dict[str, Any] = {"location": BODY, "is_kept": True, "dest": None}
+        kept = [replace(each, **as_kept) for each in arguments]
         self.parser, self.starter = parser_of(*kept), dict[str, Namespace]()
+        for each in kept:
+            if not callable(each.default):
+                to_json(each.default)  # ValueError for what JSON cannot hold
         for id, given in (starter or {}).items():
             if not ID.fullmatch(id):
                 raise ValueError(f"starter {id!r} of {name} must be an id like note1")
@@ -676,6 +729,7 @@ class Resource:
                 raise ValueError(f"starter {id!r} of {name}: {error}") from None
 
 
+ROLE = Text(1, 30, "[a-z][a-z0-9-]*", "a role such as operator")
 ID = re.compile(r"(?!\.\.?$)[^/\x00-\x1f\x7f-\x9f\ufffd]{1,64}")
 RESERVED = (  # in the document, by our own routes, and as a schema
     "account",
@@ -709,7 +763,7 @@ TODO_RESOURCE = Resource("todos", "todo", [TASK], TODOS)
 # any of them. A Query says which items are read, and may be written; without one, all.
 
 IN_DOCUMENT = ("account", "sessions", "counters")
-PAGE_SIZE = 1_000_000  # characters; a page ends with the item that goes past it
+PAGE_SIZE = 1_000_000  # bytes; a page ends with the item that goes past it
 SHARED = "/"  # owns what belongs to no user: no user name has a slash
 
 
@@ -763,7 +817,7 @@ class Data(dict[str, Any]):
         if self.is_cleared:
             return  # there is no more
         rows = self._select(query) or [NO_DOCUMENT]
-        sizes = [*accumulate(len(row.text) for row in rows[1:])]
+        sizes = [*accumulate(len(str(row.text).encode()) for row in rows[1:])]
         most = min(query.limit, 1 + bisect_left(sizes, PAGE_SIZE))
         kept = rows[: most + 1] if query.resource else rows
         document, *items = load(kept)
@@ -794,7 +848,10 @@ class Data(dict[str, Any]):
         for resource in [name for name in self if name not in IN_DOCUMENT]:
             for id, item in self[resource].items():
                 row = before.pop((resource, id), None) or self._new_row(resource, id)
+                if not isinstance(item, dict):
+                    raise TypeError(f"{resource} holds dicts, not {item!r}")
                 text = to_json(item)
+                (id + text).encode()  # ValueError for half of a surrogate pair
                 if text != row.text:
                     changed.append(row._replace(text=text))
         for row in before.values():
@@ -821,8 +878,11 @@ class Data(dict[str, Any]):
 def load(rows: list[Row]) -> list[dict[str, Any]]:
     """The objects in rows, read at once; 503 if somebody else has spoilt one."""
     try:
-        values = json.loads(f"[{','.join([row.text for row in rows])}]")
-    except ValueError:
+        text = f"[{','.join([row.text for row in rows])}]"
+        values = from_row(text)
+        if "\\u" in text:
+            to_json(values).encode()  # half of a surrogate pair cannot be
+    except (ValueError, TypeError, RecursionError):
         values = [None]
     if len(values) != len(rows) or not {type(value) for value in values} <= {dict}:
         raise store_down("a row holds no JSON object")
@@ -887,7 +947,7 @@ SELECT_DOCUMENT = "SELECT '', 0, '', document FROM users WHERE name = :owner"
 SELECT_ITEMS = "SELECT resource, position, id, value FROM items WHERE owner = :owner"
 SELECT_ITEM = f"{SELECT_ITEMS} AND resource = :resource AND id = :id"
 SELECT_PAGE = (  # with one item more than Data keeps, if there is one
-    "SELECT resource, position, id, value FROM (SELECT *, sum(length(value)) OVER"
+    "SELECT resource, position, id, value FROM (SELECT *, sum(octet_length(value)) OVER"
     " (ORDER BY position ROWS BETWEEN UNBOUNDED PRECEDING AND 2 PRECEDING) AS size"
     " FROM items WHERE owner = :owner AND resource = :resource AND position > :after"
     " ORDER BY position LIMIT :limit + 1) AS page"
@@ -951,7 +1011,7 @@ class SQLStore:
         """A snapshot of what the owner has."""
 
         def select(query: Query) -> list[Row]:
-            with self._connection() as connection:
+            with self._connection() as connection, self._or_503():
                 return self.run(connection, [select_rows(owner, query)])
 
         return Data(query, select)
@@ -969,18 +1029,25 @@ class SQLStore:
             def select(query: Query) -> list[Row]:
                 statements = [*begin, select_rows(owner, query)]
                 begin.clear()  # which was for the first time
-                return self.run(connection, statements)
+                with self._or_503():
+                    return self.run(connection, statements)
 
-            try:
-                data = Data(query, select)
-                yield data
-                end: list[Statement] = [(DELETE_ITEMS, new)] if data.is_cleared else []
-                for row in data.changes():
-                    end.append((statement_for(row), new | row._asdict()))
-                self.run(connection, [*end, ("COMMIT" if end else "ROLLBACK", {})])
-            except BaseException:
-                connection.rollback()
-                raise
+            data = Data(query, select)
+            yield data
+            end: list[Statement] = [(DELETE_ITEMS, new)] if data.is_cleared else []
+            for row in data.changes():
+                end.append((statement_for(row), new | row._asdict()))
+            end.append(("COMMIT" if end else "ROLLBACK", {}))
+            with self._or_503():
+                self.run(connection, end)
+
+    @contextmanager
+    def _or_503(self) -> Iterator[None]:
+        """For the store's statements alone: a block may use a database of its own."""
+        try:
+            yield
+        except self.errors as error:
+            raise store_down(error) from error
 
     @contextmanager
     def _connection(self) -> Iterator[Any]:
@@ -988,18 +1055,21 @@ class SQLStore:
         idle, room = self._pools.setdefault(self.pool(), empty)
         if not room.acquire(timeout=2):
             raise store_down("all connections are in use")
-        connection = None
         try:
-            connection = self._take(idle)
-            yield connection
-        except self.errors as error:
-            if connection:
-                connection.close()
-                connection = None
-            raise store_down(error) from error
-        finally:
-            if connection:
+            with self._or_503():
+                connection = self._take(idle)
+            try:
+                yield connection
+            except http.ServiceUnavailable:
+                connection.close()  # as it may be broken
+                raise
+            except BaseException:
+                with self._or_503():
+                    connection.rollback()
                 idle.append(connection)
+                raise
+            idle.append(connection)
+        finally:
             room.release()
 
     def _take(self, idle: list[Any]) -> Any:
@@ -1035,8 +1105,12 @@ class SQLiteStore(SQLStore):
     def __init__(self, path: str) -> None:
         super().__init__()
         self._path, self._was_there = path, False
-        if not Path(path).resolve().parent.is_dir():
-            right = "must name a file in a folder that is there"
+        file, is_good = Path(path), False
+        with suppress(OSError, RuntimeError):  # as for a name that is too long
+            is_file = file.is_file() or not file.exists()
+            is_good = is_file and os.access(file.resolve().parent, os.W_OK | os.X_OK)
+        if not is_good:
+            right = "must name a file in a folder that can be written"
             raise ValueError(f"SERVICE_STORE_URL {right}, not {path}")
 
     def pool(self) -> Any:
@@ -1068,6 +1142,8 @@ class SQLiteStore(SQLStore):
             time.sleep(0.02)
         for sql in ("PRAGMA synchronous = FULL", *TABLES):
             connection.execute(sql)
+        # SQLite has it only since 3.43.
+        connection.create_function("octet_length", 1, lambda text: len(text.encode()))
         return connection
 
 
@@ -1089,12 +1165,13 @@ class PostgresStore(SQLStore):
             raise ValueError(f"SERVICE_STORE_URL needs psycopg: {right}") from None
         self.errors = psycopg.Error
         try:
-            self._options = PATIENCE | psycopg.conninfo.conninfo_to_dict(url)
+            given = psycopg.conninfo.conninfo_to_dict(url)
+            self._options = PATIENCE | given | {"client_encoding": "utf8"}
             if "@" in str(self._options.get("host")):  # left there by a password
                 raise psycopg.ProgrammingError
             self.connect().close()
-        except psycopg.OperationalError as error:
-            store_down(error)  # is logged
+        except (psycopg.OperationalError, psycopg.IntegrityError) as error:
+            store_down(error)  # is logged; others may be making the tables
         except psycopg.Error:  # which may quote the password
             right = "a PostgreSQL database in UTF8 that has the tables, or may get them"
             raise ValueError(f"SERVICE_STORE_URL must name {right}") from None
@@ -1133,11 +1210,11 @@ PATIENCE: dict[str, Any] = {
     "connect_timeout": 2,
     "tcp_user_timeout": 10_000,
     "keepalives_idle": 10,
-    "client_encoding": "utf8",
 }
 SET_UP = (
     "SELECT pg_backend_pid(), current_setting('server_encoding'),"
-    " to_regclass('items') IS NOT NULL, set_config('lock_timeout', '10s', false),"
+    " num_nulls(to_regclass('users'), to_regclass('items')) = 0,"
+    " set_config('lock_timeout', '10s', false),"
     " set_config('idle_in_transaction_session_timeout', '30s', false)"
 )
 
@@ -1196,8 +1273,11 @@ def signing_key(path: str) -> tuple[jwt.PyJWK, dict[str, str]]:
     if not jwt.algorithms.has_crypto:
         right = "pip install cryptography"
         raise ValueError(f"SERVICE_SIGNING_KEY_FILE needs cryptography: {right}")
+    from cryptography.exceptions import UnsupportedAlgorithm
+
+    bad = (jwt.PyJWTError, OSError, TypeError, ValueError, UnsupportedAlgorithm)
     for name, members in THUMBPRINT.items():
-        with suppress(jwt.PyJWTError, OSError, TypeError, ValueError):
+        with suppress(*bad):
             algorithm = jwt.get_algorithm_by_name(name)
             private = algorithm.prepare_key(Path(path).read_bytes())
             jwk = algorithm.to_jwk(private, as_dict=True)
@@ -1271,7 +1351,8 @@ class Tokens:
         claims = check(typ, token, now // 300)
         if claims["exp"] <= now and not even_expired:
             raise InvalidToken("The token has expired")
-        return claims
+        copies = {name: [*each] for name, each in claims.items() if type(each) is list}
+        return {**claims, **copies}  # what is remembered is nobody's to change
 
     def _verify(self, typ: str, token: str, period: float) -> Claims:
         """period is a part of what is remembered, no more."""
@@ -1356,9 +1437,10 @@ class Password(Text):
     """Text as RFC 8265 §4.2 (OpaqueString) prepares it, however it was typed."""
 
     def __call__(self, value: Any) -> str:
-        text = Text(1, 4096)(value)  # composing more than that takes long
-        spaces = {ord(c): " " for c in text if unicodedata.category(c) == "Zs"}
-        return super().__call__(unicodedata.normalize("NFC", text.translate(spaces)))
+        if isinstance(value, str) and len(value) <= 4096:  # composing more takes long
+            spaces = {ord(c): " " for c in value if unicodedata.category(c) == "Zs"}
+            value = unicodedata.normalize("NFC", value.translate(spaces))
+        return super().__call__(value)
 
 
 class Passwords:
@@ -1462,6 +1544,7 @@ def log_event(event: str, user: str, address: str | None) -> None:
 
 FORMS = (URLENCODED, MULTIPART)
 BODIES = ("application/json", *FORMS)
+IN_BODY = {"json", "form", "files"}
 PATCHES = ("application/merge-patch+json", *BODIES)
 
 
@@ -1469,6 +1552,7 @@ class Request(werkzeug.Request):
     """Werkzeug's request, with the app, its bearer and the data."""
 
     max_form_memory_size = None  # stream bounds the whole body
+    _get_file_stream = staticmethod(in_memory)
 
     def __init__(self, environ: WSGIEnvironment, app: Any) -> None:
         super().__init__(environ, populate_request=False)
@@ -1497,27 +1581,24 @@ class Request(werkzeug.Request):
             raise http.BadRequest("The body ends before its Content-Length")
         return BytesIO(body)
 
-    def _get_file_stream(self, *_: Any, **__: Any) -> BytesIO:
-        return BytesIO()  # as the body is in memory: nothing has to be closed
-
-    def parse(self, parser: RequestParser, partial: bool = False) -> Namespace:
-        """What the parser finds; 415 for a body that is neither JSON nor a form."""
-        body, kind, parts = self.get_data(), self.mimetype, Parts(self)
+    def check_body(self, parser: RequestParser) -> None:
+        """Refuse a body in which the parser cannot find anything."""
+        body, kind, parts = self.get_data(), self.mimetype, parts_of(self)
         is_known = self.is_json and kind != "application/json-patch+json"
         if body and not is_known and kind not in FORMS:
-            raise http.UnsupportedMediaType(f"Send {' or '.join(BODIES)}")
+            kinds = PATCHES if self.method == "PATCH" else BODIES
+            raise http.UnsupportedMediaType(f"Send {' or '.join(kinds)}")
+        sent = {(place, name) for place in IN_BODY for name in parts[place]}
+        asked = {(place, name) for place, name in parser.asked if place in IN_BODY}
+        if not sent or not asked or sent & asked:
+            return
         if kind in FORMS and body.lstrip().startswith((b"{", b"[")):
             hint = "The body looks like JSON: send Content-Type: application/json"
             raise http.BadRequest(hint)
-        values = parser.clean(parts, partial=partial)
-        is_empty = not body or (self.is_json and not parts["json"])
-        found = [
-            each.place_in(parts) for each in parser.args if each.places != ["args"]
-        ]
-        if found and not any(found) and not is_empty:
+        # What is required says itself that it is missing; a PATCH requires nothing.
+        if self.method == "PATCH" or not any(each.required for each in parser.args):
             names = ", ".join(each.name for each in parser.args)
             raise http.BadRequest(f"The body holds none of {names}")
-        return values
 
     @cached_property
     def claims(self) -> Claims:
@@ -1625,7 +1706,9 @@ def conditional(request: Request, body: Any, **headers: str) -> Response:
     return response
 
 
-ENTITY_TAGS = r'(\*|(W/)?"[!#-~]*"( *, *(W/)?"[!#-~]*")*)?'
+TAG = r'(W/)?"[!#-~\x80-\xff]*"'
+NO_TAG = "no tag"  # of what has none: no header can name it
+ENTITY_TAGS = rf"(\*|[ \t,]*{TAG}([ \t]*,[ \t,]*{TAG})*[ \t,]*)?"
 
 
 def check_preconditions(request: Request, there: Any, tag: str = "") -> bool:
@@ -1683,8 +1766,16 @@ def error_answer(error: http.HTTPException, is_oauth: bool = False) -> Response:
     return response
 
 
-def add_cors(response: Response, environ: WSGIEnvironment, origins: list[str]) -> None:
-    """Let the pages of these origins use the service; never with credentials."""
+def add_headers(
+    response: Response, environ: WSGIEnvironment, origins: list[str]
+) -> None:
+    """What caches and browsers must know; pages of these origins may use the service.
+
+    Never with credentials (cookies): a page sends the token itself.
+    """
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    if "HTTP_AUTHORIZATION" in environ:  # no cache may give it to anybody else
+        response.headers.setdefault("Cache-Control", "private, no-cache")
     origin = "*" if "*" in origins else environ.get("HTTP_ORIGIN", "")
     if origins and "*" not in origins:
         response.vary.add("Origin")
@@ -1716,9 +1807,8 @@ NAME = Text(
     1, 64, "[a-z0-9][a-z0-9._@+-]*", "of a-z, 0-9 and ._@+-, letter or digit first"
 )
 PASSWORD = Password(15, 1024)  # NIST SP 800-63B-4 asks for length, not for composition
-TYPED = Password(1, 4096)
-ANY = Text(1, 100_000)
-ROLE = Text(1, 30, "[a-z][a-z0-9-]*", "a role such as operator")
+TYPED = Password(1, 4096, r"[\s\S]*")
+ANY = Text(1, 100_000, r"[\s\S]*")  # also what is nobody's
 
 in_body = partial(Argument, required=True, location=BODY)
 in_query = partial(Argument, location="args")
@@ -1767,7 +1857,7 @@ def create_user(request: Request) -> Response:
     """Sign up"""
     if request.app.settings.signup == "closed":
         raise http.Forbidden("Sign-up is closed: ask the operator for an account")
-    given = request.parse(SIGN_UP)
+    given = SIGN_UP.parse_args(request)
     refuse_name_as_password(given.username, given.password)
     hash = request.app.passwords.hash(given.password, request.remote_addr or "")
     add_account(request.app, given.username, hash)
@@ -1801,12 +1891,13 @@ def read_user(request: Request) -> Response:
 
 def change_password(request: Request) -> Response:
     """Change the password; all other sessions end"""
-    given = request.parse(CHANGE)
+    given = CHANGE.parse_args(request)
     account = check_password(request, request.user, given.password)
     refuse_name_as_password(request.user, given.new_password, "new_password")
     hash = request.app.passwords.hash(given.new_password, request.remote_addr or "")
     with request.write(NO_ITEMS) as data:
         refuse_if_changed(data, account)
+        check_preconditions(request, data, NO_TAG)
         data["account"]["hash"] = hash
         end_other_sessions(request, data)
     request.log("password changed", request.user)
@@ -1815,10 +1906,11 @@ def change_password(request: Request) -> Response:
 
 def delete_user(request: Request) -> Response:
     """Delete the account and all that it holds; the name stays taken"""
-    given = request.parse(CONFIRM)
+    given = CONFIRM.parse_args(request)
     account = check_password(request, request.user, given.password)
     with request.write(NO_ITEMS) as data:
         refuse_if_changed(data, account)
+        check_preconditions(request, data, NO_TAG)
         delete_account(data)
     request.log("account deleted", request.user)
     return answer(status=204)
@@ -1868,8 +1960,10 @@ def list_sessions(request: Request) -> Response:
 def end_session(request: Request, sid: str) -> Response:
     """End one session"""
     with request.write(NO_ITEMS) as data:
-        if not data["sessions"].pop(sid, None):
+        session = data["sessions"].pop(sid, None)
+        if not session or session["expires_at"] <= request.app.clock():
             raise http.NotFound(f"Session {sid} doesn't exist")
+        check_preconditions(request, data, NO_TAG)
     request.log("logout", request.user)
     return answer(status=204)
 
@@ -1877,6 +1971,7 @@ def end_session(request: Request, sid: str) -> Response:
 def end_sessions(request: Request) -> Response:
     """End all sessions but this one"""
     with request.write(NO_ITEMS) as data:
+        check_preconditions(request, data, NO_TAG)
         end_other_sessions(request, data)
     request.log("logout", request.user)
     return answer(status=204)
@@ -1902,14 +1997,14 @@ def issue_token(request: Request) -> Response:
 
 def parse_once(request: Request, parser: RequestParser) -> Namespace:
     """Arguments that stand once each, in the body: URLs are logged (RFC 6749 §3.2)."""
-    parts = Parts(request)
+    parts = parts_of(request)
     for each in parser.args:
         if each.name in parts["args"]:
             raise Refusal(message=f"{each.name} must be in the body, not in the URL")
     for name, values in parts["form"].lists():
         if len(values) > 1:
             raise Refusal(message=f"{name} must be sent once")
-    return request.parse(parser)
+    return parser.parse_args(request)
 
 
 def needed(given: Namespace, name: str) -> str:
@@ -1968,7 +2063,7 @@ def read_jwks(request: Request) -> Response:
 
 def list_items(request: Request, resource: Resource) -> Response:
     """List the items in the order of their creation"""
-    given = request.parse(PAGE)
+    given = PAGE.parse_args(request)
     after, limit = int(given.after, 16), given.limit or Query().limit
     query = Query(resource.name, "", after, limit)
     page = request.read(query, resource.shared)[resource.name]
@@ -1981,7 +2076,7 @@ def list_items(request: Request, resource: Resource) -> Response:
 
 def create_item(request: Request, resource: Resource) -> Response:
     """Create an item under the next id"""
-    item = request.parse(resource.parser)
+    item = resource.parser.parse_args(request)
     with request.write(NO_ITEMS, resource.shared) as data:
         if "If-Match" in request.headers or "If-None-Match" in request.headers:
             data.fetch(Query(resource.name))
@@ -2000,10 +2095,10 @@ def read_item(request: Request, resource: Resource, id: str) -> Response:
 
 def put_item(request: Request, resource: Resource, id: str) -> Response:
     """Create or replace the item under an id of one's own choice"""
-    item = request.parse(resource.parser)
+    item = resource.parser.parse_args(request)
     with request.write(Query(resource.name, id), resource.shared) as data:
         if not ID.fullmatch(id):  # here, since 401 and 403 come first
-            right = "1 to 64 characters, no slash or control character"
+            right = "1 to 64 characters, no slash, control character or U+FFFD"
             raise http.BadRequest(f"An id has {right}, and is not . or ..")
         current = data[resource.name].get(id)
         check_preconditions(request, current)
@@ -2016,11 +2111,14 @@ def put_item(request: Request, resource: Resource, id: str) -> Response:
 
 def update_item(request: Request, resource: Resource, id: str) -> Response:
     """Change the arguments that are sent, and leave the others"""
-    changes = request.parse(resource.parser, partial=True)
+    changes = resource.parser.parse_args(request, partial=True)
     with request.write(Query(resource.name, id), resource.shared) as data:
         item = existing_item(data, resource, id)
         check_preconditions(request, item)
         item.update(changes)
+        for name in changes:
+            if item[name] is REMOVED:
+                del item[name]
     return tagged(item)
 
 
@@ -2132,6 +2230,7 @@ OUR_ROUTES = [
 # resources, so that it cannot drift; and a page that shows it to people.
 
 VARIABLE = re.compile(r"<(?:[^<>:]+:)?([^<>]+)>")
+IN_OPENAPI = {"args": "query", "headers": "header", "cookies": "cookie"}
 TEXT = {"type": "string"}
 ETAGS = TEXT | {"pattern": f"^{ENTITY_TAGS}$"}
 MESSAGE = {"message": {"type": ["string", "object"]}}
@@ -2172,7 +2271,8 @@ def read_openapi(request: Request) -> Response:
             "securitySchemes": {"login": {"type": "oauth2", "flows": login}},
         },
     }
-    return Response(json.dumps(document), content_type="application/json")
+    text = json.dumps(document, default=str)
+    return Response(text, content_type="application/json")
 
 
 def camel(text: str) -> str:
@@ -2181,18 +2281,19 @@ def camel(text: str) -> str:
 
 def operation(route: Route) -> dict[str, Any]:
     """What OpenAPI says of one route."""
-    arguments = route.takes.args if route.takes else []
-    of_query = [each for each in arguments if each.places == ["args"]]
-    of_body = [each for each in arguments if each.places != ["args"]]
-    conditions = ("If-Match", "If-None-Match") if route.resource else ()
-    parameters = [
-        *(parameter("path", name, TEXT, True) for name in VARIABLE.findall(route.rule)),
-        *(
-            parameter("query", each.name, each.schema, each.required)
-            for each in of_query
-        ),
-        *(parameter("header", name, ETAGS) for name in conditions),
-    ]
+    is_get, in_body = route.rule.startswith("GET "), []
+    names = VARIABLE.findall(route.rule)
+    parameters = [parameter("path", name, TEXT, True) for name in names]
+    for each in route.takes.args if route.takes else ():
+        places = [name for name in each.places if name in IN_OPENAPI or not is_get]
+        place = IN_OPENAPI.get(places[0]) if places else None
+        if place:
+            parameters.append(parameter(place, each.name, each.schema, each.required))
+        else:
+            in_body.append(each)
+    if route.resource:
+        parameters.append(parameter("header", "If-Match", ETAGS))
+        parameters.append(parameter("header", "If-None-Match", ETAGS))
     described = {
         "operationId": re.sub(r"\W+", "_", route.rule).strip("_").lower(),
         "summary": (route.view.__doc__ or route.rule).strip().split("\n")[0],
@@ -2201,9 +2302,9 @@ def operation(route: Route) -> dict[str, Any]:
         "parameters": parameters,
         "responses": responses(route),
     }
-    if of_body:
+    if in_body:
         # Not "required": the clients of openapi-python-client would not import then.
-        schema = body_schema(of_body, is_partial=route.view is update_item)
+        schema = body_schema(in_body, is_partial=route.view is update_item)
         described["requestBody"] = content(schema, BODIES)
     return described
 
@@ -2220,7 +2321,7 @@ def responses(route: Route) -> dict[str, Any]:
         schema = reference(camel(route.resource.item))
     if route.view is list_items:
         schema = {"type": "object", "additionalProperties": schema}
-    success = {"description": HTTP_STATUS_CODES[route.status]}
+    success = {"description": HTTP_STATUS_CODES.get(route.status, "Success")}
     if route.status != 204:
         success |= content(schema)
     error = {"description": "An error"} | content(reference("Error"))
@@ -2244,7 +2345,9 @@ def schema_of(example: Any) -> dict[str, Any]:
         properties = {name: schema_of(value) for name, value in example.items()}
         return {"type": "object", "properties": properties, "examples": [example]}
     if isinstance(example, list):
-        return {"type": "array", "items": schema_of(example[0] if example else None)}
+        kinds = [schema_of(each) for each in example]
+        is_one = kinds and all(each == kinds[0] for each in kinds)
+        return {"type": "array", "items": kinds[0] if is_one else {}}
     return STRICT[type(example)].__schema__ if type(example) in STRICT else {}
 
 
@@ -2285,6 +2388,10 @@ DOCS_ROUTES = [
 
 # ---- Application -------------------------------------------------------------------
 # An App puts the rooms together. Here, and only here, errors become answers.
+
+
+HEADER = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*"  # RFC 9110 §5
+FORWARDED = [f"HTTP_X_FORWARDED_{name}" for name in ("FOR", "PROTO", "HOST", "PREFIX")]
 
 
 class App:
@@ -2331,6 +2438,7 @@ class App:
         self._urls = Map(rules, merge_slashes=False, redirect_defaults=False).bind("")
         self._match = lru_cache(maxsize=1000)(self._urls.match)
         self._origins, hops = settings.origins, settings.proxies
+        self._forwarded = FORWARDED if hops else ()
         self._wsgi: WSGIApplication = self._respond
         if hops:
             self._wsgi = ProxyFix(self._respond, hops, hops, hops, 0, hops)
@@ -2338,6 +2446,9 @@ class App:
     def __call__(
         self, environ: WSGIEnvironment, start_response: StartResponse
     ) -> Iterable[bytes]:
+        for name in self._forwarded:  # of which ProxyFix takes the end
+            if name in environ:
+                environ[name] = environ[name][-1000:]
         return self._wsgi(environ, start_response)
 
     def _respond(
@@ -2345,20 +2456,24 @@ class App:
     ) -> Iterable[bytes]:
         request = Request(environ, self)
         try:
-            response = self._answer(request)
+            response = self._answer_or_refuse(request)
+        except Exception:
+            log.exception("a bug: %s %r", request.method, request.path)
+            response = error_answer(http.InternalServerError())
+        add_headers(response, environ, self._origins)
+        return response(environ, start_response)
+
+    def _answer_or_refuse(self, request: Request) -> Response:
+        try:
+            return self._answer(request)
         except RequestRedirect:
-            response = error_answer(http.NotFound())
+            return error_answer(http.NotFound())
         except http.HTTPException as error:
             is_oauth = request.path in ("/token", "/revoke")
             response = error_answer(error, is_oauth)
-        except Exception:
-            log.exception("a bug: %s %s", request.method, request.path)
-            response = error_answer(http.InternalServerError())
-        response.headers["X-Content-Type-Options"] = "nosniff"
-        if "HTTP_AUTHORIZATION" in environ:  # no cache may give it to anybody else
-            response.headers.setdefault("Cache-Control", "private, no-cache")
-        add_cors(response, environ, self._origins)
-        return response(environ, start_response)
+            if error.code == 415 and request.method == "PATCH":  # RFC 5789 §2.2
+                response.headers["Accept-Patch"] = ", ".join(PATCHES)
+            return response
 
     def _answer(self, request: Request) -> Response:
         environ, path = request.environ, request.path
@@ -2380,27 +2495,33 @@ class App:
             # A resource's view looks at the session with its data; others need not.
             if not route.resource:
                 request.read(NO_ITEMS)
-        if "\0" in path:
-            raise http.BadRequest("A path holds no NUL")
-        if len(environ.get("CONTENT_TYPE", "")) > 512:  # which takes long to read
-            right = "Content-Type may have 512 characters"
-            raise http.RequestHeaderFieldsTooLarge(right)
         if route.resource:
             arguments["resource"] = route.resource
         try:
+            if "\0" in path:
+                raise http.BadRequest("A path holds no NUL")
+            if len(environ.get("CONTENT_TYPE", "")) > 512:  # which takes long to read
+                right = "Content-Type may have 512 characters"
+                raise http.RequestHeaderFieldsTooLarge(right)
+            if route.takes:
+                request.check_body(route.takes)
             result = route.view(request, **arguments)
         except http.HTTPException as error:
             if route.resource and error.code != 503:
                 request.read(NO_ITEMS)  # 401 before all else
             raise
-        if isinstance(result, Response):
-            return result
-        if not isinstance(result, tuple):
+        if not isinstance(result, Response | tuple):
             return answer(result, route.status)
-        body, status, headers = (*result, {})[:3]
-        response = answer(body, status)
-        response.headers.update(headers)
-        return response
+        if isinstance(result, tuple):
+            body, status, headers = (*result, {})[:3]
+            result = answer(body, status)
+            result.headers.update(headers)
+        if not 200 <= result.status_code <= 999:
+            raise ValueError(f"no answer has the status {result.status}")
+        for name, value in result.headers:
+            if not re.fullmatch(HEADER, f"{name}:{value}"):
+                raise ValueError(f"no header is {name!r}: {value!r}")
+        return result
 
 
 create_app = App  # gunicorn's name for it: wsgi_app = "service:create_app()"
@@ -2429,8 +2550,10 @@ def guard(
     """
     if bool(secret) == bool(jwks_url) or isinstance(open_paths, str):
         raise ValueError("guard needs a secret or a jwks_url, and a list of open_paths")
+    if not comma_list(audience):  # or tokens for the issuer alone would do
+        raise ValueError("guard needs an audience: the name of this service")
     settings = Settings(secret or "", issuer=issuer, audience=audience)
-    paths = set(open_paths)
+    paths = {path.encode().decode("latin-1") for path in open_paths}  # PEP 3333
     tokens = Tokens(settings, clock, remote_keys(jwks_url) if jwks_url else None)
 
     def guarded(
@@ -2443,10 +2566,10 @@ def guard(
                 claims = tokens.verify(ACCESS, bearer_token(environ))
             except http.HTTPException as error:
                 response = error_answer(error)
-                add_cors(response, environ, ["*"])
+                add_headers(response, environ, ["*"])
                 return response(environ, start_response)
             environ["REMOTE_USER"], environ["AUTH_TYPE"] = claims["sub"], "Bearer"
-            environ["service.claims"] = copy.deepcopy(claims)  # ours is remembered
+            environ["service.claims"] = claims
         return wsgi_app(environ, start_response)
 
     return guarded
@@ -2457,17 +2580,28 @@ def remote_keys(url: str) -> FindKey:
     agent = {"User-Agent": "todo-service"}  # firewalls refuse Python's
     client = jwt.PyJWKClient(url, timeout=5, cooldown_duration=10, headers=agent)
     lock = threading.Lock()  # so that many who come at once fetch it once
+    failed_at = -math.inf
+
+    def fetch() -> object:
+        nonlocal failed_at
+        with lock:
+            if time.monotonic() < failed_at + 1:
+                raise OSError("it did not answer a moment ago")  # nor wait in a row
+            try:
+                return client.get_signing_keys()
+            except BaseException:
+                failed_at = time.monotonic()
+                raise
 
     def find(kid: str) -> jwt.PyJWK:
         keys = None
         try:
-            with lock:
-                keys = client.get_signing_keys()  # though it may lack this one
+            keys = fetch()  # though it may lack this one
             key = client.get_signing_key(kid)
         except (jwt.PyJWTError, ValueError, TypeError, RuntimeError, OSError) as error:
             if keys and not isinstance(error, jwt.PyJWKClientConnectionError):
                 raise LookupError(kid) from None
-            log.warning("no keys from %s: %s", url, error)
+            log.warning("no keys from %s: %r", url, error)
             text = "The issuer's keys cannot be had"
             raise http.ServiceUnavailable(text, retry_after=10) from None
         if key.algorithm_name not in THUMBPRINT:  # a secret that was published is none
@@ -2488,7 +2622,7 @@ def main(app: App | None = None) -> None:
     parser.add_argument("command", nargs="?", choices=("adduser", "passwd", "deluser"))
     parser.add_argument("name", nargs="?", default="")
     parser.add_argument("--role", action="append", default=[], help="of adduser")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     if options.role and options.command != "adduser":
         parser.error("--role is of adduser")
     logging.basicConfig(level=logging.INFO)
