@@ -1106,7 +1106,7 @@ class SQLiteStore(SQLStore):
         super().__init__()
         self._path, self._was_there = path, False
         file, is_good = Path(path), False
-        with suppress(OSError, RuntimeError):  # as for a name that is too long
+        with suppress(OSError, RuntimeError, ValueError):  # no name of a file, a loop
             is_file = file.is_file() or not file.exists()
             is_good = is_file and os.access(file.resolve().parent, os.W_OK | os.X_OK)
         if not is_good:
@@ -2115,11 +2115,17 @@ def update_item(request: Request, resource: Resource, id: str) -> Response:
     with request.write(Query(resource.name, id), resource.shared) as data:
         item = existing_item(data, resource, id)
         check_preconditions(request, item)
-        item.update(changes)
-        for name in changes:
-            if item[name] is REMOVED:
-                del item[name]
+        merge_patch(item, changes)
     return tagged(item)
+
+
+def merge_patch(item: dict[str, Any], changes: dict[str, Any]) -> None:
+    """As RFC 7396 §2 does it, for one level: an argument is changed as a whole."""
+    for name, value in changes.items():
+        if value is REMOVED:
+            item.pop(name, None)
+        else:
+            item[name] = value
 
 
 def delete_item(request: Request, resource: Resource, id: str) -> Response:

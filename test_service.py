@@ -37,7 +37,7 @@ import pytest
 import werkzeug
 from werkzeug import Response
 from werkzeug.datastructures import FileStorage, Headers
-from werkzeug.exceptions import BadRequest, Conflict, HTTPException, ServiceUnavailable
+from werkzeug.exceptions import BadRequest, Conflict, HTTPException, abort
 from werkzeug.security import generate_password_hash
 from werkzeug.test import EnvironBuilder, create_environ, encode_multipart, run_wsgi_app
 
@@ -691,13 +691,9 @@ def test_an_item_keeps_json_or_the_text_of_what_is_none(kind, sent, kept):
     assert alice("PUT /things/thing1", created.json).json == created.json
 
 
-DEEP = json.loads("[" * 200 + "]" * 200)
-NO_JSON = [lambda text: round(float(text), 2), str.encode, lambda _: "\ud800"]
-
-
-@each("kind", [*NO_JSON, lambda _: DEEP])
-def test_what_json_cannot_hold_is_the_arguments_400_and_is_not_counted(kind):
-    alice = world_of(kind).user()
+@each("value", [float("nan"), b"", "\ud800", json.loads("[" * 200 + "]" * 200)])
+def test_what_json_cannot_hold_is_the_arguments_400_and_is_not_counted(value):
+    alice = world_of(lambda _: value).user()
     for request in ["POST /things"] * 4 + ["PUT /things/mine"]:
         refused = alice(request, form={"value": "nan"})
         assert (refused.status, list(refused.json["message"])) == (400, ["value"])
@@ -721,13 +717,6 @@ def test_a_name_that_is_no_plain_word_or_the_services_own_is_refused(name):
         for names in ((wrong, "note"), ("notes", wrong)):
             with pytest.raises(ValueError, match=re.escape(repr(wrong))):
                 service.Resource(*names, [])
-
-
-@each("wrong", [{"default": {1}}, {"default": float("nan")}, {"shared": "Boss"}])
-def test_a_resource_that_could_not_work_is_not_made(wrong):
-    arguments = [n(default=wrong.pop("default", None))]
-    with pytest.raises(ValueError, match=r"JSON|role"):
-        service.Resource("notes", "note", arguments, **wrong)
 
 
 def test_a_starter_item_that_its_own_arguments_refuse_is_refused():
@@ -772,17 +761,6 @@ def test_an_item_that_was_read_can_be_put_back():
     ticked = {"text": "Emma", "done": True, "rank": 3, "colour": None}
     assert alice("PUT /notes/note2", form=form).json == ticked
     assert alice("PUT /notes/note2", {"text": "x"}).json == NOTE  # defaults come back
-
-
-def test_an_item_has_the_names_of_its_arguments_and_null_takes_one_away():
-    values = [n(dest="m", required=True), service.Argument("a", store_missing=False)]
-    alice = World(resources=[service.Resource("things", "thing", values)]).user()
-    for id in ("x", "x"):
-        assert alice(f"PUT /things/{id}", {"n": "1", "a": "2"}).json == {
-            "n": "1",
-            "a": "2",
-        }
-    assert alice("PATCH /things/x", {"a": None}).json == {"n": "1"}
 
 
 CHANGES: dict[str, tuple[dict[str, Any], int, dict[str, Any]]] = {
@@ -1319,57 +1297,6 @@ def test_a_deleted_account_is_gone_and_its_name_is_not_given_again(alice):
         world.user("alice")
     assert logged_in(alice).json["error"] == "invalid_grant"
     assert bob.is_in
-
-
-# What happens while a password is checked, outside of the transaction, counts.
-
-
-class Interrupted:
-    """A store where something happens between a request's last read and its write."""
-
-    def __init__(self, store: Any, happening: Callable[[], Any]) -> None:
-        self.store, self.happenings = store, [happening]
-
-    def read(self, *which: Any) -> Any:
-        return self.store.read(*which)
-
-    def write(self, *which: Any) -> Any:
-        while self.happenings:
-            self.happenings.pop()()
-        return self.store.write(*which)
-
-
-def interrupted(user: User, happening: Callable[[User], Any]) -> User:
-    """The same user, to whom something happens in the middle of the next write."""
-    store = Interrupted(user.world.store, lambda: happening(user))
-    return User(World(store, user.world.clock), user.name, user.pair)
-
-
-@cases(
-    "happening, act, status",
-    {
-        "a login, a deletion": (delete_account, logged_in, 400),
-        "a login, a new password": (change_password, logged_in, 400),
-        "a new password, a deletion": (delete_account, change_password, 401),
-        "a new password, another": (change_password, change_password, 400),
-        "a new password, a logout": (log_out, change_password, 401),
-        "a deletion, a new password": (change_password, delete_account, 400),
-        "a refresh, a logout": (log_out, refreshed, 400),
-        "a refresh, its end": (lambda user: user.world.clock.step(DAY), refreshed, 400),
-        "a new item, a logout": (log_out, lambda user: user("POST /todos", TASK), 401),
-    },
-)
-def test_what_another_did_first_stands(alice, caplog, happening, act, status):
-    caplog.set_level(logging.INFO, "service")
-    after = []
-
-    def happen(user):
-        happening(user)
-        after.append(user.world.owned("alice"))
-
-    assert act(interrupted(alice, happen)).status == status
-    assert after == [alice.world.owned("alice")]
-    assert events(caplog, "reuse detected") == []
 
 
 # ---- Passwords ----------------------------------------------------------------------
@@ -2255,10 +2182,6 @@ def refuse(request):
     raise Conflict("Somebody else is at it")
 
 
-def complain(request):
-    raise Conflict({"a reason": "is no text"})
-
-
 def break_down(request):
     return {}["missing"]
 
@@ -2342,15 +2265,15 @@ def test_a_view_that_is_not_open_sees_its_user_and_the_users_data(host):
     assert (alice("GET /count").status, alice("POST /first", EMMA).status) == (401, 401)
 
 
-BUGS = [break_down, complain, reply({1}), reply({}, 99), reply({}, 200, {"X": "Ł"})]
+BUGS = [break_down, lambda request: abort(409, [5]), reply({1}), reply({}, 99)]
+BUGS += [reply({}, 200, {name: value}) for name, value in (("X", "Ł"), ("X Y", "a"))]
 
 
-@each("view", [*BUGS, reply({}, 200, {"X Y": "a"}), lambda request: Response("", 42)])
+@each("view", BUGS)
 def test_a_bug_in_a_view_is_a_json_500_with_a_traceback_in_the_log(view, caplog):
     bug = an_open("GET /bug/<rest>", lambda request, rest: view(request))
     answer = World(routes=[bug], cors_origins=APP)("GET /bug/a%0Alogin", origin=APP)
-    assert (answer.status, answer.headers["Content-Type"]) == (500, JSON)
-    assert list(answer.json) == ["message"]
+    assert (answer.status, list(answer.json)) == (500, ["message"])
     assert answer.headers["Access-Control-Allow-Origin"] == APP
     assert ("Error" in answer.text, "Error" in caplog.text) == (False, True)
     assert "\n" not in caplog.messages[0]
@@ -2392,28 +2315,6 @@ def test_every_route_is_described_and_says_whether_it_needs_a_bearer(host):
     assert (count["summary"], "201" in first["responses"]) == (read_count.__doc__, True)
     view = found["GET /view/{number}/{rest}"]["parameters"]
     assert [each["name"] for each in view] == ["number", "rest"]
-
-
-def test_what_is_declared_oddly_is_described_rightly():
-    odd = parser_of(
-        service.Argument("key", location="headers"),
-        service.Argument("id", location="cookies"),
-        service.Argument("q"),
-        service.Argument("n", int, choices=range(500, 0, -1), location="values"),
-        service.Argument("p", Decimal, choices=[Decimal("0.5")], location="args"),
-        service.Argument("none", choices=range(0), location="args"),
-    )
-    example = [{"at": datetime.datetime(2030, 1, 1)}, {"at": None}]
-    world = World(routes=[service.Route("GET /odd", refuse, 299, odd, example)])
-    found = world("GET /openapi.json").json["paths"]["/odd"]["get"]
-    assert "requestBody" not in found
-    places = {each["name"]: each["in"] for each in found["parameters"]}
-    assert list(places.values()) == ["header", "cookie", *["query"] * 4]
-    schemas = {each["name"]: each["schema"] for each in found["parameters"]}
-    assert schemas["n"] == {"type": "integer", "minimum": 1, "maximum": 500}
-    assert schemas["p"]["enum"] == ["0.5"]
-    content = found["responses"]["299"]["content"][JSON]
-    assert content["schema"] == {"type": "array", "items": {}}
 
 
 def test_without_its_package_the_page_is_404_and_names_it(world, monkeypatch):
@@ -2472,22 +2373,6 @@ def test_a_preflight_allows_all_methods_and_the_headers_it_asks_for(setting):
     stranger = world("OPTIONS /todos", origin="https://other.example", **asked)
     assert ("Access-Control-Allow-Methods" in stranger.headers) == (setting == "*")
     assert world("OPTIONS /nothing", origin=APP, **asked).status == 404
-
-
-class Deaf:
-    """A store of one's own that does not answer."""
-
-    def read(self, *which: Any) -> Any:
-        raise ServiceUnavailable("The store does not answer", retry_after=1)
-
-    write = read
-
-
-def test_a_store_that_does_not_answer_is_503_everywhere(alice):
-    world = World(Deaf(), alice.world.clock)
-    ann = User(world, "alice", alice.pair)
-    for answer in (world("GET /health"), ann("GET /todos"), refreshed(ann)):
-        assert (answer.status, answer.headers["Retry-After"]) == (503, "1")
 
 
 # ---- Guard --------------------------------------------------------------------------
@@ -2571,10 +2456,10 @@ def test_only_the_very_paths_that_are_named_are_open(guarded, path):
 BAD_KEYS = [{"secret": None}, {"secret": ""}, {"secret": "short"}, {"jwks_url": ISSUER}]
 
 
-OTHERS = [{"issuer": "todo.example"}, {"open_paths": "/health"}, {"audience": ""}]
+BAD_KEYS += [{"issuer": "todo.example"}, {"open_paths": "/health"}, {"audience": ""}]
 
 
-@each("options", [*BAD_KEYS, *OTHERS])
+@each("options", BAD_KEYS)
 def test_a_guard_that_could_not_guard_is_not_made(options):
     with pytest.raises((ValueError, TypeError)):
         Guarded(Clock(), **options)

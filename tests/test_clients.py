@@ -170,6 +170,7 @@ FAULTS = {
     "P-384": "openssl ecparam -name secp384r1 -genkey -noout",
     "secp256k1": "openssl ecparam -name secp256k1 -genkey -noout",
     "Ed448": "openssl genpkey -algorithm ed448",
+    "SM2": "openssl genpkey -algorithm SM2",
     "encrypted": "openssl genpkey -algorithm ed25519 -aes256 -pass pass:word",
     "encrypted, old form": "openssl genrsa -traditional -aes256 -passout pass:word",
     "public": "openssl genpkey -algorithm ed25519 | openssl pkey -pubout",
@@ -317,6 +318,12 @@ def test_a_key_set_that_is_none_is_503(shop, junk):
     shop.issuer.reply = lambda: JUNK[junk]
     answer = seen_by(shop, shop.login.user())
     assert (answer.status, "Retry-After" in answer.headers) == (503, True)
+
+
+def test_of_many_who_come_while_there_are_no_keys_few_ask_for_them(shop):
+    shop.issuer.reply, alice = (lambda: b""), shop.login.user()
+    assert together(8, lambda _: seen_by(shop, alice).status) == [503] * 8
+    assert len(shop.issuer.agents) < 4
 
 
 def test_keys_come_over_http_from_the_very_url_that_was_given(shop):
@@ -540,6 +547,11 @@ def test_a_path_with_a_nul_or_without_its_slash_and_every_origin_get_an_answer()
 def test_what_a_host_declares_wrongly_is_refused(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="rooms is shared"):
         Resource("rooms", "room", [], {"room1": {}}, shared="operator")
+    for default in ({1}, float("nan")):
+        with pytest.raises(ValueError, match="JSON"):
+            Resource("rooms", "room", [Argument("beds", default=default)])
+    with pytest.raises(ValueError, match="role"):
+        Resource("rooms", "room", [], shared="Boss")
     monkeypatch.setattr(jwt.algorithms, "has_crypto", False)  # as if not installed
     with pytest.raises(ValueError, match="pip install cryptography"):
         signing(tmp_path, "Ed25519")
@@ -570,3 +582,14 @@ def test_of_very_many_who_guessed_the_first_are_forgotten(monkeypatch):
     for number in range(10_000):
         world.app.passwords.match(None, "a guess", "bob", f"host {number}")
     assert world("POST /token", LOGIN, **guesses).status == 400
+
+
+def test_an_item_has_the_names_of_its_arguments_and_null_takes_one_away():
+    values = [
+        Argument("n", dest="m", required=True),
+        Argument("a", store_missing=False),
+    ]
+    alice = World(resources=[Resource("things", "thing", values)]).user()
+    both = {"n": "1", "a": "2"}
+    assert alice("PUT /things/x", both).json == both
+    assert alice("PATCH /things/x", {"a": None}).json == {"n": "1"}

@@ -117,6 +117,30 @@ def test_items_are_what_their_schema_says(sent):
     assert alice("PUT /notes/again", created.json).status == 201
 
 
+def test_what_is_declared_oddly_is_described_rightly():
+    odd = [
+        Argument("key", location="headers"),
+        Argument("id", location="cookies"),
+        Argument("q"),
+        Argument("n", int, choices=range(500, 0, -1), location="values"),
+        Argument("p", Decimal, choices=[Decimal("0.5")], location="args"),
+        Argument("none", choices=range(0), location="args"),
+    ]
+    example = [{"at": datetime.datetime(2030, 1, 1)}, {"at": None}]
+    world = World(
+        routes=[Route("GET /odd", dict, 299, service.parser_of(*odd), example)]
+    )
+    found = world("GET /openapi.json").json["paths"]["/odd"]["get"]
+    assert "requestBody" not in found
+    places = {each["name"]: each["in"] for each in found["parameters"]}
+    assert list(places.values()) == ["header", "cookie", *["query"] * 4]
+    schemas = {each["name"]: each["schema"] for each in found["parameters"]}
+    assert schemas["n"] == {"type": "integer", "minimum": 1, "maximum": 500}
+    assert schemas["p"]["enum"] == ["0.5"]
+    content = found["responses"]["299"]["content"]["application/json"]
+    assert content["schema"] == {"type": "array", "items": {}}
+
+
 # ---- Requests that are made up ------------------------------------------------------
 
 SCHEMATHESIS = """

@@ -29,7 +29,8 @@ from urllib.parse import urlencode
 
 import psycopg
 import pytest
-from test_server import GUNICORNS, exchange, replace_worker, wired
+from gunicorn.config import Config
+from test_server import GUNICORNS, exchange, wired
 from werkzeug.datastructures import Headers
 
 from conftest import ROOT, Postgres, eventually, free_port, is_running, run, serve
@@ -802,6 +803,176 @@ def test_what_the_readmes_container_runs_ends_well_as_process_one(
         os.kill(int(child), signal.SIGTERM)
         assert server.process.wait(30) == 0
         assert "Shutting down: Master" in server.log
+
+
+# ---- Starting, living on, and ending  --------------------------------------
+
+DATABASE = f"SERVICE_SECRET_KEY={SECRET} SERVICE_STORE_URL=sqlite:///"
+ONE_WORKER = "The memory store has one worker"
+BAD_STARTS = {  # flags and variables, and how the line begins
+    "PORT=99999": "PORT ",
+    "PORT=abc": "PORT ",
+    "PORT=-1": "PORT ",
+    f"PORT={'9' * 5_000}": "PORT ",
+    "WEB_CONCURRENCY=0": "WEB_CONCURRENCY ",
+    "WEB_CONCURRENCY=2": ONE_WORKER,
+    "GUNICORN_CMD_ARGS=--workers=3": ONE_WORKER,
+    "-w2": ONE_WORKER,
+    "-w2 --preload": ONE_WORKER,
+    "--max-requests=100": ONE_WORKER,
+    "SERVICE_ACCESS_TTL=soon": "SERVICE_ACCESS_TTL ",
+    "SERVICE_SECRET_KEY=short": "SERVICE_SECRET_KEY ",
+    DATABASE.replace("sqlite", "pigeon"): "SERVICE_STORE_URL ",
+    "SERVICE_STORE_URL=sqlite:///todo.db": "SERVICE_SECRET_KEY ",
+    f"{DATABASE}/no/where.db": "SERVICE_STORE_URL ",
+    "SERVICE_SIGNING_KEY_FILE=/no/key.pem": "SERVICE_SIGNING_KEY_FILE ",
+    "--check-config SERVICE_MAX_BODY=1": "SERVICE_MAX_BODY ",
+    "service.py SERVICE_REFRESH_TTL=0": "SERVICE_REFRESH_TTL ",
+    "service.py PORT=99999": "PORT ",
+    "service.py PORT=abc": "PORT ",
+}
+
+
+@pytest.fixture
+def database(tmp_path):
+    """The environment of a service that keeps its data, in a file of its own."""
+    url = f"sqlite:///{tmp_path}/todo.db"
+    return {"SERVICE_STORE_URL": url, "SERVICE_SECRET_KEY": SECRET}
+
+
+@pytest.mark.parametrize(("words", "beginning"), BAD_STARTS.items())
+def test_what_cannot_be_ends_the_start_in_one_line(words, beginning):
+    variables = [word for word in words.split() if re.match("[A-Z]", word)]
+    given = {"PORT": "0"} | dict(word.split("=", 1) for word in variables)
+    flags = [word for word in words.split() if word not in variables]
+    program = sys.executable if "service.py" in flags else "gunicorn"
+    status, said = run(program, *flags, **given)
+    assert (status, said.count("\n"), said.startswith(beginning)) == (1, 1, True), said
+    assert "short" not in said
+
+
+def test_it_listens_on_loopback_and_has_a_worker_for_each_core(tmp_path, database):
+    for port, shown in (("", "5000"), ("8123", "8123")):
+        config = run("gunicorn", "--print-config", PORT=port, **database)[1]
+        assert re.search(rf"(?m)^bind +.*'127\.0\.0\.1:{shown}'", config)
+        cores = len(os.sched_getaffinity(0))
+        assert re.search(rf"(?m)^workers += {cores}$", config)
+        assert re.search(r"(?m)^control_socket_disable += True$", config)
+    assert not list(tmp_path.iterdir())  # what root made, workers could not write
+
+
+def test_every_name_of_the_configuration_is_a_setting_or_is_read():
+    """gunicorn ignores a misspelt setting without a word."""
+    source = (ROOT / "gunicorn.conf.py").read_text()
+    names = set(re.findall(r"(?m)^(?:def )?(\w+)(?= = |: .*? = |\()", source))
+    assert len(names & Config().settings.keys()) > 10
+    for name in names - Config().settings.keys():
+        assert len(re.findall(rf"\b{name}\b", source)) > 1, name
+
+
+def replace_worker(server: serve, sign: int, pid: int) -> None:
+    """Send a signal that ends the one worker, and wait for its successor."""
+    (worker,) = server.workers
+    os.kill(pid, sign)
+    eventually(lambda: not is_running(worker) and len(server.workers) == 1)
+    server.wait_until_ready()
+
+
+@GUNICORNS
+def test_a_token_is_understood_when_the_memory_has_gone(kind):
+    with serve("-k", kind) as server:
+        master, worker = server.process.pid, server.workers[0]
+        for sign, pid in ((signal.SIGKILL, worker), (signal.SIGHUP, master)):
+            token = server.user("alice")
+            replace_worker(server, sign, pid)
+            refusal = server("GET /todos", token)  # understood: the secret is the same
+            assert refusal.status == 401
+            assert "The session has ended" in refusal.headers["WWW-Authenticate"]
+        workers, token = server.workers, server.user("alice")
+        for more in (signal.SIGTTIN, signal.SIGUSR2):
+            refusals = server.log.count(f"[ERROR] {ONE_WORKER}")
+            server.process.send_signal(more)
+            eventually(lambda n=refusals: server.log.count(ONE_WORKER) > n)
+        assert server("GET /todos/todo3", token).json == {"task": "profit!"}
+        assert server.workers == workers
+        assert server.stop() == 0
+
+
+# ---- An app of one's own, and the command line --------------------------------------
+
+MINE = """
+from service import Argument, Resource, Settings, create_app as make_app, main
+
+def create_app():
+    books = Resource("books", "book", [Argument("title", required=True)],
+                     {"book1": {"title": "Emma"}})
+    return make_app(Settings.from_environ(), resources=[books])
+
+if __name__ == "__main__":
+    main(create_app())
+"""
+
+
+def test_ones_own_app_has_our_commands_and_runs_by_our_conf(tmp_path, database):
+    mine, environ = tmp_path / "mine.py", database | {"PYTHONPATH": str(ROOT)}
+    mine.write_text(MINE)
+    command = (sys.executable, str(mine), "adduser", "alice")
+    assert run(*command, typed=PASSWORD, **environ) == (0, "")
+    conf = ("-c", str(ROOT / "gunicorn.conf.py"), "mine:create_app()")
+    with serve(*conf, folder=tmp_path, WEB_CONCURRENCY="2", **environ) as server:
+        token = server.log_in("alice")["access_token"]
+        assert server("GET /books", token).json == {"book1": {"title": "Emma"}}
+        assert server("GET /todos", token).status == 404
+        assert len(server.workers) == 2
+    mine.write_text(MINE.replace('"Emma"', "None"))
+    status, said = run("gunicorn", *conf, folder=tmp_path, **environ)
+    assert (status, said.count("\n"), "title" in said) == (1, 1, True), said
+
+
+REFUSED = [  # commands, what is typed, and a word of the one line that comes back
+    ("adduser é", PASSWORD, "name"),
+    ("adduser alice", PASSWORD, "taken"),
+    ("adduser bobs-very-own-name", "bobs-very-own-name", "name itself"),
+    ("passwd nobody", PASSWORD, "nobody"),
+    ("deluser nobody", "", "nobody"),
+]
+
+
+def test_a_server_that_runs_obeys_the_commands(database):
+    def operate(command, password=""):
+        words = (sys.executable, "service.py", *command.split())
+        return run(*words, typed=f"{password}\n", **database)
+
+    assert operate("adduser Alice --role operator", PASSWORD) == (0, "")
+    with serve("-w", "1", SERVICE_SIGNUP="closed", **database) as server:
+        assert server("POST /users", username="bob", password=PASSWORD).status == 403
+        token = server.log_in("alice")["access_token"]
+        assert server("GET /users/me", token).json["roles"] == ["operator"]
+        assert list(server("GET /todos", token).json) == ["todo1", "todo2", "todo3"]
+        assert operate("passwd alice", "a new pass phräse") == (0, "")
+        assert server("GET /todos", token).status == 401
+        token = server.log_in("alice", "a new pass phräse")["access_token"]
+        assert operate("deluser alice") == (0, "")
+        assert server("GET /todos", token).status == 401
+    assert operate("passwd alice --role operator")[0] == 2  # which only adduser gives
+    for command, password, why in REFUSED:
+        status, said = operate(command, password)
+        assert (status, said.count("\n"), why in said) == (1, 1, True), said
+
+
+def test_the_development_server_starts_anew_with_its_file(tmp_path):
+    shutil.copy(ROOT / "service.py", tmp_path)
+    with serve(command=[sys.executable, "service.py"], folder=tmp_path) as server:
+        account = {"username": "alice", "password": PASSWORD}
+        assert server("POST /users", **account).status == 201
+        assert re.search("sign-up.*'alice'", server.log)
+        with (tmp_path / "service.py").open("a") as file:
+            file.write("# changed\n")
+        # The new process has a new memory, in which the name is free again.
+        eventually(lambda: server("POST /users", **account).status == 201)
+        os.killpg(server.process.pid, signal.SIGINT)  # Ctrl-C reaches both processes
+        server.process.wait(timeout=20)
+        assert "Traceback" not in server.log
 
 
 # ---- Signals, and clients that stall -------------------------------------------------

@@ -6,6 +6,7 @@ processes and their violent ends, outages, broken files, and what a statement co
 
 import copy
 import json
+import logging
 import os
 import random
 import re
@@ -17,6 +18,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack, closing, nullcontext
 from functools import partial
 from itertools import pairwise
@@ -32,7 +34,23 @@ from werkzeug.exceptions import ServiceUnavailable
 
 import service
 from conftest import eventually, run
-from test_service import MOUNT, PASSWORD, User, World, each, together
+from test_service import (
+    DAY,
+    MOUNT,
+    PASSWORD,
+    TASK,
+    User,
+    World,
+    cases,
+    change_password,
+    delete_account,
+    each,
+    events,
+    log_out,
+    logged_in,
+    refreshed,
+    together,
+)
 
 SQL = pytest.mark.parametrize("store_url", ["sqlite", "postgres"], indirect=True)
 SQLITE = pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
@@ -95,10 +113,28 @@ def test_nobody_sees_a_write_before_its_block_ends(store):
     assert seen == [["a"]]
 
 
+@each("value", ["text", None, ["a list"], {"task": "\ud800"}])
+def test_a_block_keeps_nothing_that_could_not_be_read_again(store, value):
+    put(store, "a")
+    with pytest.raises((TypeError, ValueError)), store.write("alice") as data:
+        data["account"]["hash"] = "y"
+        data["todos"]["b"] = value
+    assert (list(items(store)), store.read("alice")["account"]) == (["a"], {})
+
+
+@each("error", [sqlite3.IntegrityError, psycopg.IntegrityError])
+def test_a_block_may_use_a_database_of_its_own(store, error):
+    for _ in range(20):
+        with pytest.raises(error), store.write("alice") as data:
+            data["todos"]["b"] = {}
+            raise error("of another table")
+    assert items(store) == {}
+
+
 def test_a_page_ends_at_its_limit_or_past_a_megabyte_and_the_next_goes_on(store):
     with store.write("alice") as data:
         for n in range(25):
-            data["todos"][f"id{n}"] = {"task": "x" * 100_000}
+            data["todos"][f"id{n}"] = {"task": "é" * 50_000}
             data["notes"][f"id{n}"] = {}
     assert len(items(store)) == 25  # as nobody asked for a page
     one = store.read("alice", service.Query("todos", "id7"))
@@ -471,6 +507,58 @@ def test_when_all_connections_are_taken_there_is_503(postgres_url):
     assert alice("GET /todos/todo1").status == 200
 
 
+# ---- What happens between the read and the write of a request ------------------------
+
+
+class Interrupted:
+    """A store where something happens between a request's last read and its write."""
+
+    def __init__(self, store: Any, happening: Callable[[], Any]) -> None:
+        self.store, self.happenings = store, [happening]
+
+    def read(self, *which: Any) -> Any:
+        return self.store.read(*which)
+
+    def write(self, *which: Any) -> Any:
+        while self.happenings:
+            self.happenings.pop()()
+        return self.store.write(*which)
+
+
+def interrupted(user: User, happening: Callable[[User], Any]) -> User:
+    """The same user, to whom something happens in the middle of the next write."""
+    store = Interrupted(user.world.store, lambda: happening(user))
+    return User(World(store, user.world.clock), user.name, user.pair)
+
+
+@cases(
+    "happening, act, status",
+    {
+        "a login, a deletion": (delete_account, logged_in, 400),
+        "a login, a new password": (change_password, logged_in, 400),
+        "a new password, a deletion": (delete_account, change_password, 401),
+        "a new password, another": (change_password, change_password, 400),
+        "a new password, a logout": (log_out, change_password, 401),
+        "a deletion, a new password": (change_password, delete_account, 400),
+        "a refresh, a logout": (log_out, refreshed, 400),
+        "a refresh, its end": (lambda user: user.world.clock.step(DAY), refreshed, 400),
+        "a new item, a logout": (log_out, lambda user: user("POST /todos", TASK), 401),
+    },
+)
+def test_what_another_did_first_stands(caplog, happening, act, status):
+    alice = World().user()
+    caplog.set_level(logging.INFO, "service")
+    after = []
+
+    def happen(user):
+        happening(user)
+        after.append(user.world.owned("alice"))
+
+    assert act(interrupted(alice, happen)).status == status
+    assert after == [alice.world.owned("alice")]
+    assert events(caplog, "reuse detected") == []
+
+
 # ---- Broken rows, files and rights --------------------------------------------------
 
 
@@ -478,18 +566,26 @@ def test_when_all_connections_are_taken_there_is_503(postgres_url):
 @each("column", ["users SET document", "items SET value"])
 def test_a_row_that_is_no_json_is_503_until_mended(store, store_url, column, caplog):
     alice, name = World(store=store).user(), column.split()[-1]
-    for before, after in (("{}", ""), ("{},", ""), ("[", "]"), ("", ",{}")):
-        sql(store_url, f"UPDATE {column} = '{before}' || {name} || '{after}'")
+    deep = "[" * 3_000 + "]" * 3_000
+    members = ["NaN", "1e999", '"\\ud800"', deep]
+    changes = [("{}", ""), ("{},", ""), ("[", "]"), ("", ",{}")]
+    changes += [(f'{{"a": {member}, "b": ', "}") for member in members]
+    broken = {f"'{a}' || {name} || '{b}'": (len(a), len(a + b)) for a, b in changes}
+    if store_url.startswith("sqlite:"):
+        broken[f"CAST({name} AS BLOB)"] = (0, 0)
+    for spoilt, (start, more) in broken.items():
+        sql(store_url, f"UPDATE {column} = {spoilt}")
         caplog.clear()
-        broken = alice("GET /todos/todo1")
-        assert (broken.status, list(broken.json)) == (503, ["message"])
+        answer = alice("GET /todos/todo1")
+        assert (answer.status, list(answer.json)) == (503, ["message"])
         (line,) = caplog.messages
         assert "\n" not in line
         account = {"username": "alice", "password": PASSWORD}
         status = 409 if "items" in column else 503  # a taken name reads no items
         assert alice.world("POST /users", account).status == status
-        size = f"length({name}) - {len(before + after)}"
-        sql(store_url, f"UPDATE {column} = substr({name}, {len(before) + 1}, {size})")
+        text = f"CAST({name} AS TEXT)"
+        mended = f"substr({text}, {start + 1}, length({text}) - {more})"
+        sql(store_url, f"UPDATE {column} = {mended}")
         assert alice("GET /todos/todo1").json == {"task": "build an API"}
 
 
@@ -551,13 +647,33 @@ def test_a_block_that_changes_nothing_writes_nothing(store, store_url, connectio
 
 
 def test_a_file_that_is_no_database_is_503(tmp_path):
-    with pytest.raises(ValueError, match="SERVICE_STORE_URL"):
-        service.open_store(f"sqlite:///{tmp_path}/no/where.db")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for path in (tmp_path, "/dev/null", "no/x.db", "x" * 300, "loop/x.db", "/a\0b"):
+        with pytest.raises(ValueError, match=r"SERVICE_STORE_URL .*\Z"):
+            service.open_store(f"sqlite:///{tmp_path / path}")
     (tmp_path / "text.db").write_text("no database " * 1000)
     world = World(store=service.open_store(f"sqlite:///{tmp_path}/text.db"))
     account = {"username": "alice", "password": PASSWORD}
     assert world("POST /users", account).status == 503
     assert world("GET /health").status == 503
+
+
+def test_two_machines_may_make_the_tables_at_once(postgres_url):
+    with psycopg.connect(postgres_url) as other:
+        other.execute(service.TABLES[0])
+        opening = threading.Thread(target=service.open_store, args=(postgres_url,))
+        opening.start()
+        opening.join(0.3)
+        other.commit()
+        opening.join()
+    put(service.open_store(postgres_url), "a")
+
+
+def test_text_is_utf_8_whatever_the_url_says(postgres_url):
+    mark = "&" if "?" in postgres_url else "?"
+    store = service.open_store(postgres_url + mark + "client_encoding=latin1")
+    put(store, "日本")
+    assert list(items(store)) == ["日本"]
 
 
 URLS = """
