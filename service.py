@@ -229,6 +229,7 @@ PLACES = {  # a part of the request, and what an error calls it
 }
 BODY = ("json", "form")
 URLENCODED, MULTIPART = "application/x-www-form-urlencoded", "multipart/form-data"
+FORMS = (URLENCODED, MULTIPART)
 MISSING: Any = object()
 REMOVED: Any = object()  # by null, from an item that does not store what is missing
 
@@ -261,11 +262,6 @@ class RequestParser:
     trim: bool = False
     bundle_errors: bool = False
     args: list[Argument] = field(default_factory=list)
-
-    @property
-    def asked(self) -> set[tuple[str, str]]:
-        """Where to look, and for which name."""
-        return {(place, each.name) for each in self.args for place in each.places}
 
     def add_argument(self, name: str | Argument, **options: Any) -> RequestParser:
         """Add an Argument, or the one that Argument(name, **options) makes."""
@@ -307,9 +303,9 @@ class RequestParser:
         """What parse_args gives, of the parts of a request by place."""
         values, errors = Namespace(), dict[str, str]()
         if strict:
-            asked = self.asked
+            known = {(place, each.name) for each in self.args for place in each.places}
             for place in ("json", "form", "files", "args"):
-                unknown = [name for name in parts[place] if (place, name) not in asked]
+                unknown = [name for name in parts[place] if (place, name) not in known]
                 errors |= dict.fromkeys(unknown, "Unknown argument")
         for each in self.args:
             try:
@@ -521,10 +517,8 @@ class Parts(dict[str, Any]):
                 part = read_json(request.get_data()) if request.is_json else {}
             elif place == "args":
                 part = read_pairs(request.query_string)
-            elif place == "form" and request.mimetype == URLENCODED:
-                part = read_pairs(request.get_data())
-            elif place in ("form", "files") and request.mimetype == MULTIPART:
-                self["form"], self["files"] = read_multipart(request)
+            elif place in ("form", "files"):
+                self["form"], self["files"] = read_form(request)
                 part = self[place]
             else:
                 part = getattr(request, place)
@@ -547,11 +541,15 @@ def read_pairs(text: bytes) -> MultiDict[str, str]:
     return MultiDict(pairs)
 
 
-def read_multipart(request: werkzeug.Request) -> tuple[Any, Any]:
-    """Texts and files (RFC 7578). Half a form would look like one without the rest."""
+def read_form(request: werkzeug.Request) -> tuple[Any, Any]:
+    """Texts and files. Of a form that is cut off or undecodable, nothing is taken."""
+    if request.mimetype not in FORMS:
+        return MultiDict(), MultiDict()
     body, options = request.get_data(), request.mimetype_params
     if not body:
-        return request.form, request.files  # which somebody has read before
+        return request.form, request.files  # which somebody may have read before
+    if request.mimetype == URLENCODED:
+        return read_pairs(body), MultiDict()
     parser = FormDataParser(in_memory, max_form_memory_size=None, silent=False)
     _, form, files = parser.parse(BytesIO(body), MULTIPART, len(body), options)
     if "\ufffd" in "".join(filter(None, chain(*form.items(multi=True)))):
@@ -1097,7 +1095,7 @@ class SQLStore:
 class SQLiteStore(SQLStore):
     """In a file: several processes, one machine.
 
-    Raises ValueError for a file whose folder is not there.
+    Raises ValueError for what is no file, or in a folder that cannot be written.
     """
 
     begin, errors = ("BEGIN IMMEDIATE", CLAIM), sqlite3.Error
@@ -1542,7 +1540,6 @@ def log_event(event: str, user: str, address: str | None) -> None:
 # What stands between the wire and the views: a request that knows its bearer and opens
 # the data; answers in JSON; and the preconditions of RFC 9110 §13.
 
-FORMS = (URLENCODED, MULTIPART)
 BODIES = ("application/json", *FORMS)
 IN_BODY = {"json", "form", "files"}
 PATCHES = ("application/merge-patch+json", *BODIES)
@@ -1588,9 +1585,14 @@ class Request(werkzeug.Request):
         if body and not is_known and kind not in FORMS:
             kinds = PATCHES if self.method == "PATCH" else BODIES
             raise http.UnsupportedMediaType(f"Send {' or '.join(kinds)}")
-        sent = {(place, name) for place in IN_BODY for name in parts[place]}
-        asked = {(place, name) for place, name in parser.asked if place in IN_BODY}
-        if not sent or not asked or sent & asked:
+        asked = [
+            (place, each.name)
+            for each in parser.args
+            for place in IN_BODY.intersection(each.places)
+        ]
+        if any(name in parts[place] for place, name in asked):
+            return
+        if not asked or not any(parts[place] for place in IN_BODY):
             return
         if kind in FORMS and body.lstrip().startswith((b"{", b"[")):
             hint = "The body looks like JSON: send Content-Type: application/json"
@@ -1679,6 +1681,26 @@ def answer(body: Any = None, status: int = 200, **headers: str) -> Response:
     if status in (204, 304):
         return Answer(None, status, named)
     return Answer(line(body), status, {"Content-Type": "application/json"} | named)
+
+
+HEADER = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*"  # RFC 9110 §5
+
+
+def response_of(result: Any, status: int) -> Response:
+    """What a view returned, as a Response; ValueError for what no server would send."""
+    if isinstance(result, Answer):
+        return result
+    headers: Mapping[str, str] = {}
+    if isinstance(result, tuple):
+        result, status, headers = (*result, {})[:3]
+    response = result if isinstance(result, Response) else answer(result, status)
+    response.headers.update(headers)
+    if not 200 <= response.status_code <= 999:
+        raise ValueError(f"no answer has the status {response.status}")
+    for name, value in response.headers:
+        if not re.fullmatch(HEADER, f"{name}:{value}"):
+            raise ValueError(f"no header is {name!r}: {value!r}")
+    return response
 
 
 def line(body: Any) -> bytes:
@@ -2396,7 +2418,6 @@ DOCS_ROUTES = [
 # An App puts the rooms together. Here, and only here, errors become answers.
 
 
-HEADER = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*"  # RFC 9110 §5
 FORWARDED = [f"HTTP_X_FORWARDED_{name}" for name in ("FOR", "PROTO", "HOST", "PREFIX")]
 
 
@@ -2511,23 +2532,11 @@ class App:
                 raise http.RequestHeaderFieldsTooLarge(right)
             if route.takes:
                 request.check_body(route.takes)
-            result = route.view(request, **arguments)
+            return response_of(route.view(request, **arguments), route.status)
         except http.HTTPException as error:
             if route.resource and error.code != 503:
                 request.read(NO_ITEMS)  # 401 before all else
             raise
-        if not isinstance(result, Response | tuple):
-            return answer(result, route.status)
-        if isinstance(result, tuple):
-            body, status, headers = (*result, {})[:3]
-            result = answer(body, status)
-            result.headers.update(headers)
-        if not 200 <= result.status_code <= 999:
-            raise ValueError(f"no answer has the status {result.status}")
-        for name, value in result.headers:
-            if not re.fullmatch(HEADER, f"{name}:{value}"):
-                raise ValueError(f"no header is {name!r}: {value!r}")
-        return result
 
 
 create_app = App  # gunicorn's name for it: wsgi_app = "service:create_app()"
