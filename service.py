@@ -51,14 +51,13 @@ from selectors import EVENT_READ, DefaultSelector
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qsl, quote
 from uuid import UUID
-from weakref import proxy
 
 import jwt
 import werkzeug
 from jwt.utils import base64url_encode
 from werkzeug import Response
 from werkzeug import exceptions as http
-from werkzeug.datastructures import FileStorage, MultiDict
+from werkzeug.datastructures import FileStorage, Headers, MultiDict
 from werkzeug.formparser import FormDataParser
 from werkzeug.http import HTTP_STATUS_CODES
 from werkzeug.middleware.proxy_fix import ProxyFix
@@ -108,7 +107,7 @@ class Settings:
             "STORE_URL must be memory:, sqlite:///todo.db"
             " or postgresql://user:password@host/name": (
                 in_memory
-                or re.match("sqlite:///(?!:|//).|postgresql://.", self.store_url)
+                or re.fullmatch("sqlite:///(?!:|//).+|postgresql://.+", self.store_url)
             ),
             "ACCESS_TTL must be seconds such as 900": 0 < self.access_ttl < 10**6,
             "REFRESH_TTL must be seconds such as 86400": 0 < self.refresh_ttl < 10**8,
@@ -130,8 +129,9 @@ class Settings:
         }
         for rule, is_good in rules.items():
             text = str(getattr(self, rule.partition(" ")[0].lower()))
+            parts = comma_list(text)
             # What was not UTF-8 came as surrogates, which are not printable either.
-            is_text = text.isprintable() and (text.strip(" ,") or not text)
+            is_text = "".join(parts).isprintable() and (parts or not text)
             if not (is_good and is_text):
                 raise ValueError(f"SERVICE_{rule}")
 
@@ -175,7 +175,12 @@ def normal_origin(text: str) -> str:
     if not form:
         return ""
     scheme, host, after_colon = form.groups("")
-    if int(after_colon[1:] or 0) > 65535:
+    try:
+        if host.startswith("["):
+            host = f"[{ipaddress.IPv6Address(host[1:-1])}]"
+        if int(after_colon[1:] or 0) > 65535:
+            raise ValueError
+    except ValueError:
         return ""
     is_default = (scheme, after_colon) in (("http", ":80"), ("https", ":443"))
     return f"{scheme}://{host}{'' if is_default else after_colon}"
@@ -295,7 +300,7 @@ class RequestParser:
         Raises BadRequest with data {"message": {name: text}}, or {"message": text} for
         a body that cannot be read.
         """
-        return self.clean(parts_of(request), strict, partial)
+        return self.clean(Parts(request), strict, partial)
 
     def clean(
         self, parts: Mapping[str, Any], strict: bool = False, partial: bool = False
@@ -356,8 +361,9 @@ class Argument:
     is_kept: bool = False  # in an item, so what JSON cannot hold is refused
 
     def __post_init__(self) -> None:
-        given = [self.location] if isinstance(self.location, str) else self.location
-        self.places = " ".join(given).replace("values", "args form").split()
+        if not isinstance(self.location, str):
+            self.location = " ".join(self.location)
+        self.places = self.location.replace("values", "args form").split()
         are_places = set(self.places) <= PLACES.keys()
         is_action = self.action in ("store", "append", "split")
         if not (are_places and is_action and callable(self.type)):
@@ -385,7 +391,8 @@ class Argument:
         if values == [None] and self.nullable is None and not self.required:
             if not partial:
                 return MISSING
-            return self.make_default() if self.store_missing else REMOVED
+            is_removed = self.is_kept and not self.store_missing
+            return REMOVED if is_removed else self.make_default()
         trim = trim if self.trim is None else self.trim
         if self.action == "store" or values == [None]:
             return self.convert(values[0], trim)
@@ -420,7 +427,7 @@ class Argument:
             raise ValueError(text or "Invalid value") from None
         if self.choices and value not in self.choices:
             right = ", ".join(map(str, self.choices))
-            if isinstance(self.choices, range):
+            if isinstance(self.choices, range) and self.choices.step == 1:
                 right = f"{self.choices[0]} to {self.choices[-1]}"
             raise ValueError(f"{value} is not a valid choice: use {right}")
         return value
@@ -433,7 +440,7 @@ class Argument:
     def schema(self) -> dict[str, Any]:
         """What one value must be, or a list of them, as JSON Schema."""
         schema = dict(getattr(self.kind, "__schema__", {}))
-        if isinstance(self.choices, range) and len(self.choices) > 100:
+        if isinstance(self.choices, range) and self.choices[100:]:
             ends = sorted([self.choices[0], self.choices[-1]])
             schema |= {"minimum": ends[0], "maximum": ends[1]}
         elif self.choices:
@@ -508,31 +515,31 @@ class Parts(dict[str, Any]):
     """
 
     def __init__(self, request: werkzeug.Request) -> None:
-        self._request = proxy(request)  # weak, since the request keeps this
+        self._request = request
+        # What was read stays with the request: its body is read once.
+        self._read: dict[str, Any] = vars(request).setdefault("_parts", {})
 
     def __missing__(self, place: str) -> Any:
-        request = self._request
-        try:
-            if place == "json":
-                part = read_json(request.get_data()) if request.is_json else {}
-            elif place == "args":
-                part = read_pairs(request.query_string)
-            elif place in ("form", "files"):
-                self["form"], self["files"] = read_form(request)
-                part = self[place]
-            else:
-                part = getattr(request, place)
-        except ValueError:
-            text = f"Could not read {PLACES[place]}: send it whole, in UTF-8"
-            raise Refusal(message=text) from None
-        self[place] = part
+        if place not in self._read:
+            try:
+                self._read |= read_part(self._request, place)
+            except ValueError:
+                text = f"Could not read {PLACES[place]}: send it whole, in UTF-8"
+                raise Refusal(message=text) from None
+        self[place] = part = self._read[place]
         return part
 
 
-def parts_of(request: werkzeug.Request) -> Parts:
-    """They stay with the request, so that its body is read once."""
-    parts: Parts = vars(request).setdefault("parts", Parts(request))
-    return parts
+def read_part(request: werkzeug.Request, place: str) -> dict[str, Any]:
+    """One part, or form and files together, by place."""
+    if place == "json":
+        return {place: read_json(request.get_data()) if request.is_json else {}}
+    if place == "args":
+        return {place: read_pairs(request.query_string)}
+    if place in ("form", "files"):
+        form, files = read_form(request)
+        return {"form": form, "files": files}
+    return {place: getattr(request, place)}
 
 
 def read_pairs(text: bytes) -> MultiDict[str, str]:
@@ -543,17 +550,26 @@ def read_pairs(text: bytes) -> MultiDict[str, str]:
 
 def read_form(request: werkzeug.Request) -> tuple[Any, Any]:
     """Texts and files. Of a form that is cut off or undecodable, nothing is taken."""
-    if request.mimetype not in FORMS:
-        return MultiDict(), MultiDict()
-    body, options = request.get_data(), request.mimetype_params
-    if not body:
-        return request.form, request.files  # which somebody may have read before
-    if request.mimetype == URLENCODED:
+    body = request.get_data()
+    if request.mimetype == URLENCODED and body:
         return read_pairs(body), MultiDict()
-    parser = FormDataParser(in_memory, max_form_memory_size=None, silent=False)
+    if request.mimetype == MULTIPART and body:
+        return read_multipart(request, body)
+    if request.mimetype in FORMS:
+        return request.form, request.files  # which somebody has read before
+    return MultiDict(), MultiDict()
+
+
+def read_multipart(request: werkzeug.Request, body: bytes) -> tuple[Any, Any]:
+    most, parts = request.max_form_memory_size, request.max_form_parts
+    parser = FormDataParser(in_memory, most, silent=False, max_form_parts=parts)
+    options, sent = request.mimetype_params, "\ufffd".encode()
     _, form, files = parser.parse(BytesIO(body), MULTIPART, len(body), options)
+    # U+FFFD stands for what could not be decoded, unless it was sent.
     if "\ufffd" in "".join(filter(None, chain(*form.items(multi=True)))):
-        raise ValueError  # it stands for what could not be decoded
+        if sent not in body:
+            raise ValueError
+        read_multipart(request, body.replace(sent, b"?"))
     return form, files
 
 
@@ -605,12 +621,17 @@ class Number(float):
     """A number in a JSON body that remembers how it was written, for Decimal."""
 
     def __init__(self, text: str) -> None:
-        if not math.isfinite(self):
-            raise ValueError(f"{text} is no number that JSON knows")
+        finite(text)
         self.text = text
 
     def __str__(self) -> str:
         return self.text
+
+
+def finite(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise ValueError(f"{text} is no number that JSON knows")
+    return float(text)
 
 
 def as_text(value: Any) -> str:
@@ -626,7 +647,7 @@ to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=as_text)
 from_json = json.JSONDecoder(
     parse_float=Number, parse_constant=Number, object_pairs_hook=unique_members
 ).decode
-from_row = json.JSONDecoder(parse_float=Number, parse_constant=Number).decode
+from_row = json.JSONDecoder(parse_float=finite, parse_constant=finite).decode
 
 
 @dataclass(frozen=True)
@@ -1541,7 +1562,7 @@ def log_event(event: str, user: str, address: str | None) -> None:
 # the data; answers in JSON; and the preconditions of RFC 9110 §13.
 
 BODIES = ("application/json", *FORMS)
-IN_BODY = {"json", "form", "files"}
+IN_BODY = ("json", "form", "files")
 PATCHES = ("application/merge-patch+json", *BODIES)
 
 
@@ -1564,9 +1585,10 @@ class Request(werkzeug.Request):
             raise too_large  # without waiting for it
         if self.headers.get("Content-Encoding", "").lower() not in ("", "identity"):
             raise http.UnsupportedMediaType("Send the body without Content-Encoding")
-        is_endless = "wsgi.input_terminated" in self.environ
-        if "Transfer-Encoding" in self.headers and not is_endless:
-            raise http.LengthRequired("Send the body with a Content-Length")
+        if not self.environ.get("wsgi.input_terminated"):
+            self.environ.pop("wsgi.input_terminated", None)  # False is none to Werkzeug
+            if "Transfer-Encoding" in self.headers:
+                raise http.LengthRequired("Send the body with a Content-Length")
         self.max_content_length = limit + 1  # Werkzeug ends there, and says nothing
         try:
             body = super().stream.read()
@@ -1579,27 +1601,29 @@ class Request(werkzeug.Request):
         return BytesIO(body)
 
     def check_body(self, parser: RequestParser) -> None:
-        """Refuse a body in which the parser cannot find anything."""
-        body, kind, parts = self.get_data(), self.mimetype, parts_of(self)
-        is_known = self.is_json and kind != "application/json-patch+json"
-        if body and not is_known and kind not in FORMS:
+        """Refuse a body in which the parser cannot find what it asks for."""
+        asked = [each for each in parser.args if {*IN_BODY}.intersection(each.places)]
+        body, kind, parts = self.get_data(), self.mimetype, Parts(self)
+        if not asked or not body:
+            return
+        is_json = self.is_json and kind != "application/json-patch+json"
+        if not is_json and kind not in FORMS:
             kinds = PATCHES if self.method == "PATCH" else BODIES
             raise http.UnsupportedMediaType(f"Send {' or '.join(kinds)}")
-        asked = [
-            (place, each.name)
-            for each in parser.args
-            for place in IN_BODY.intersection(each.places)
-        ]
-        if any(name in parts[place] for place, name in asked):
-            return
-        if not asked or not any(parts[place] for place in IN_BODY):
-            return
-        if kind in FORMS and body.lstrip().startswith((b"{", b"[")):
+        is_odd = not is_json and body.lstrip().startswith((b"{", b"["))
+        if not (is_odd and kind == MULTIPART):  # of which no part could be read
+            for place in IN_BODY:
+                for each in asked:
+                    if place in each.places and each.name in parts[place]:
+                        return
+        if is_odd:
             hint = "The body looks like JSON: send Content-Type: application/json"
             raise http.BadRequest(hint)
-        # What is required says itself that it is missing; a PATCH requires nothing.
-        if self.method == "PATCH" or not any(each.required for each in parser.args):
-            names = ", ".join(each.name for each in parser.args)
+        # What is required and missing says so itself; a PATCH requires nothing.
+        missing = [each for each in parser.args if each.place_in(parts) is None]
+        is_told = self.method != "PATCH" and any(each.required for each in missing)
+        if any(parts[place] for place in IN_BODY) and not is_told:
+            names = ", ".join(each.name for each in asked)
             raise http.BadRequest(f"The body holds none of {names}")
 
     @cached_property
@@ -1668,10 +1692,14 @@ class Answer(Response):
 
     default_mimetype = None
 
+    def get_wsgi_headers(self, environ: WSGIEnvironment) -> Headers:
+        """As they are."""
+        return self.headers
+
     def __call__(
         self, environ: WSGIEnvironment, start_response: StartResponse
     ) -> Iterable[bytes]:
-        start_response(self.status, list(self.headers))
+        start_response(self.status, list(self.get_wsgi_headers(environ)))
         return [] if environ["REQUEST_METHOD"] == "HEAD" else [self.get_data()]
 
 
@@ -1686,7 +1714,7 @@ def answer(body: Any = None, status: int = 200, **headers: str) -> Response:
 HEADER = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*"  # RFC 9110 §5
 
 
-def response_of(result: Any, status: int) -> Response:
+def response_of(result: Any, status: int, environ: WSGIEnvironment) -> Response:
     """What a view returned, as a Response; ValueError for what no server would send."""
     if isinstance(result, Answer):
         return result
@@ -1697,7 +1725,7 @@ def response_of(result: Any, status: int) -> Response:
     response.headers.update(headers)
     if not 200 <= response.status_code <= 999:
         raise ValueError(f"no answer has the status {response.status}")
-    for name, value in response.headers:
+    for name, value in response.get_wsgi_headers(environ):
         if not re.fullmatch(HEADER, f"{name}:{value}"):
             raise ValueError(f"no header is {name!r}: {value!r}")
     return response
@@ -1767,7 +1795,7 @@ def error_answer(error: http.HTTPException, is_oauth: bool = False) -> Response:
     body = getattr(error, "data", {"message": text})
     text = re.sub(r"[^ !#-\[\]-~]", "?", text)  # what the next two may hold
     headers = dict(error.get_headers())
-    del headers["Content-Type"]
+    headers.pop("Content-Type", None)
     if isinstance(error, http.MethodNotAllowed):
         headers["Allow"] = ", ".join(sorted(error.valid_methods or ()))
     if is_oauth:
@@ -2019,7 +2047,7 @@ def issue_token(request: Request) -> Response:
 
 def parse_once(request: Request, parser: RequestParser) -> Namespace:
     """Arguments that stand once each, in the body: URLs are logged (RFC 6749 §3.2)."""
-    parts = parts_of(request)
+    parts = Parts(request)
     for each in parser.args:
         if each.name in parts["args"]:
             raise Refusal(message=f"{each.name} must be in the body, not in the URL")
@@ -2532,9 +2560,10 @@ class App:
                 raise http.RequestHeaderFieldsTooLarge(right)
             if route.takes:
                 request.check_body(route.takes)
-            return response_of(route.view(request, **arguments), route.status)
+            result = route.view(request, **arguments)
+            return response_of(result, route.status, environ)
         except http.HTTPException as error:
-            if route.resource and error.code != 503:
+            if route.resource and not route.is_open and error.code != 503:
                 request.read(NO_ITEMS)  # 401 before all else
             raise
 
