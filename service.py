@@ -1704,11 +1704,10 @@ class Answer(Response):
 
 
 def answer(body: Any = None, status: int = 200, **headers: str) -> Response:
-    """A line of JSON, without it for 204 and 304; Cache_Control is Cache-Control."""
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    """A line of JSON, without it for 204 and 304."""
     if status in (204, 304):
-        return Answer(None, status, named)
-    return Answer(line(body), status, {"Content-Type": "application/json"} | named)
+        return Answer(None, status, headers)
+    return Answer(line(body), status, {"Content-Type": "application/json"} | headers)
 
 
 HEADER = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*"  # RFC 9110 §5
@@ -1851,7 +1850,8 @@ def is_preflight(environ: WSGIEnvironment) -> bool:
 
 # ---- Views -------------------------------------------------------------------------
 # Plain functions: parse, act, answer. A view takes the request and its URL arguments,
-# raises early and catches nothing. Slow work, such as hashing, stays outside of blocks.
+# raises early and catches nothing; its route knows the status of plain JSON. Slow work,
+# such as hashing, stays outside of blocks.
 
 NAME = Text(
     1, 64, "[a-z0-9][a-z0-9._@+-]*", "of a-z, 0-9 and ._@+-, letter or digit first"
@@ -1859,6 +1859,8 @@ NAME = Text(
 PASSWORD = Password(15, 1024)  # NIST SP 800-63B-4 asks for length, not for composition
 TYPED = Password(1, 4096, r"[\s\S]*")
 ANY = Text(1, 100_000, r"[\s\S]*")  # also what is nobody's
+
+NO_STORE = {"Cache-Control": "no-store"}
 
 in_body = partial(Argument, required=True, location=BODY)
 in_query = partial(Argument, location="args")
@@ -1895,15 +1897,15 @@ def read_index(request: Request) -> Response:
     return answer(urls, Vary="Accept")
 
 
-def read_health(request: Request) -> Response:
+def read_health(request: Request) -> Any:
     """Whether the service and its store answer, and can be written"""
     with request.app.store.write("", NO_ITEMS) as data:
         # What changes is committed, and a full disk shows; once in 5 s is enough.
         data["counters"]["health"] = {"checked": request.app.clock() // 5}
-    return answer({"status": "ok"})
+    return {"status": "ok"}
 
 
-def create_user(request: Request) -> Response:
+def create_user(request: Request) -> Any:
     """Sign up"""
     if request.app.settings.signup == "closed":
         raise http.Forbidden("Sign-up is closed: ask the operator for an account")
@@ -1912,7 +1914,7 @@ def create_user(request: Request) -> Response:
     hash = request.app.passwords.hash(given.password, request.remote_addr or "")
     add_account(request.app, given.username, hash)
     request.log("sign-up", given.username)
-    return answer({"username": given.username}, 201)
+    return {"username": given.username}
 
 
 def refuse_name_as_password(
@@ -1933,13 +1935,13 @@ def add_account(app: Any, name: str, hash: str, roles: Iterable[str] = ()) -> No
                 add_item(data, resource, item, id)
 
 
-def read_user(request: Request) -> Response:
+def read_user(request: Request) -> Any:
     """Who is logged in"""
     roles = roles_of(request.read(NO_ITEMS))
-    return answer({"username": request.user, "roles": roles})
+    return {"username": request.user, "roles": roles}
 
 
-def change_password(request: Request) -> Response:
+def change_password(request: Request) -> None:
     """Change the password; all other sessions end"""
     given = CHANGE.parse_args(request)
     account = check_password(request, request.user, given.password)
@@ -1951,10 +1953,9 @@ def change_password(request: Request) -> Response:
         data["account"]["hash"] = hash
         end_other_sessions(request, data)
     request.log("password changed", request.user)
-    return answer(status=204)
 
 
-def delete_user(request: Request) -> Response:
+def delete_user(request: Request) -> None:
     """Delete the account and all that it holds; the name stays taken"""
     given = CONFIRM.parse_args(request)
     account = check_password(request, request.user, given.password)
@@ -1963,7 +1964,6 @@ def delete_user(request: Request) -> Response:
         check_preconditions(request, data, NO_TAG)
         delete_account(data)
     request.log("account deleted", request.user)
-    return answer(status=204)
 
 
 def delete_account(data: Data) -> None:
@@ -1990,24 +1990,22 @@ def refuse_if_changed(data: Data, account: dict[str, Any]) -> None:
         raise WrongPassword(message={"password": "Was changed at this moment"})
 
 
-def list_sessions(request: Request) -> Response:
+def list_sessions(request: Request) -> Any:
     """Where the user is logged in; times in seconds since 1970"""
     data, now = request.read(NO_ITEMS), request.app.clock()
-    return answer(
-        {
-            sid: {
-                "started_at": session["started_at"],
-                "renewed_at": int(session["rotated_at"]),
-                "expires_at": session["expires_at"],
-                "is_current": sid == request.claims["sid"],
-            }
-            for sid, session in data["sessions"].items()
-            if session["expires_at"] > now
+    return {
+        sid: {
+            "started_at": session["started_at"],
+            "renewed_at": int(session["rotated_at"]),
+            "expires_at": session["expires_at"],
+            "is_current": sid == request.claims["sid"],
         }
-    )
+        for sid, session in data["sessions"].items()
+        if session["expires_at"] > now
+    }
 
 
-def end_session(request: Request, sid: str) -> Response:
+def end_session(request: Request, sid: str) -> None:
     """End one session"""
     with request.write(NO_ITEMS) as data:
         session = data["sessions"].pop(sid, None)
@@ -2015,16 +2013,14 @@ def end_session(request: Request, sid: str) -> Response:
             raise http.NotFound(f"Session {sid} doesn't exist")
         check_preconditions(request, data, NO_TAG)
     request.log("logout", request.user)
-    return answer(status=204)
 
 
-def end_sessions(request: Request) -> Response:
+def end_sessions(request: Request) -> None:
     """End all sessions but this one"""
     with request.write(NO_ITEMS) as data:
         check_preconditions(request, data, NO_TAG)
         end_other_sessions(request, data)
     request.log("logout", request.user)
-    return answer(status=204)
 
 
 def end_other_sessions(request: Request, data: Data) -> None:
@@ -2032,7 +2028,7 @@ def end_other_sessions(request: Request, data: Data) -> None:
     data["sessions"] = {sid: data["sessions"][sid]}
 
 
-def issue_token(request: Request) -> Response:
+def issue_token(request: Request) -> Any:
     """Log in, or refresh a session"""
     given = parse_once(request, GRANT)
     grants = {"password": log_in, "refresh_token": refresh}
@@ -2042,7 +2038,7 @@ def issue_token(request: Request) -> Response:
         raise Refusal(error="unsupported_grant_type", error_description=right)
     if given.scope:
         raise Refusal(error="invalid_scope", error_description="There are no scopes")
-    return answer(grant(request, given), Cache_Control="no-store")
+    return grant(request, given), 200, NO_STORE
 
 
 def parse_once(request: Request, parser: RequestParser) -> Namespace:
@@ -2093,7 +2089,7 @@ def refresh(request: Request, given: Namespace) -> dict[str, Any]:
     return pair_of(app.tokens, name, sid, data)
 
 
-def revoke_token(request: Request) -> Response:
+def revoke_token(request: Request) -> Any:
     """Log out: end the session of an access or a refresh token (RFC 7009)"""
     token = parse_once(request, TOKEN).token
     for typ in (ACCESS, REFRESH):
@@ -2103,12 +2099,12 @@ def revoke_token(request: Request) -> Response:
             with request.app.store.write(claims["sub"], NO_ITEMS) as data:
                 if data["sessions"].pop(claims["sid"], None):
                     request.log("logout", claims["sub"])
-    return answer({}, Cache_Control="no-store")
+    return {}, 200, NO_STORE
 
 
-def read_jwks(request: Request) -> Response:
+def read_jwks(request: Request) -> Any:
     """The public keys that verify access tokens (RFC 7517)"""
-    return answer(request.app.tokens.jwks, Cache_Control="max-age=300")
+    return request.app.tokens.jwks, 200, {"Cache-Control": "max-age=300"}
 
 
 def list_items(request: Request, resource: Resource) -> Response:
@@ -2178,12 +2174,11 @@ def merge_patch(item: dict[str, Any], changes: dict[str, Any]) -> None:
             item[name] = value
 
 
-def delete_item(request: Request, resource: Resource, id: str) -> Response:
+def delete_item(request: Request, resource: Resource, id: str) -> None:
     """Delete an item; its id is not given again"""
     with request.write(Query(resource.name, id), resource.shared) as data:
         check_preconditions(request, existing_item(data, resource, id))
         del data[resource.name][id]
-    return answer(status=204)
 
 
 def existing_item(data: Data, resource: Resource, id: str) -> dict[str, Any]:
