@@ -376,11 +376,10 @@ class Argument:
         if not isinstance(self.choices, range):
             self.choices = [self.lowered(each) for each in self.choices]
 
-    def find(
-        self, parts: Mapping[str, Any], trim: bool = False, partial: bool = False
-    ) -> Any:
+    def find(self, parts: Mapping[str, Any], trim: bool, partial: bool) -> Any:
         """The value, or the list of values, or MISSING; ValueError for the sender."""
-        place = self.place_in(parts)
+        # The first place that holds the name.
+        place = next((each for each in self.places if self.name in parts[each]), None)
         if place is None:
             if self.required and not partial:
                 places = [words for key, words in PLACES.items() if key in self.places]
@@ -401,10 +400,6 @@ class Argument:
         elif self.action == "split" and isinstance(values[0], str):
             values = [word for text in values if text for word in text.split(",")]
         return [self.convert(value, trim) for value in values]
-
-    def place_in(self, parts: Mapping[str, Any]) -> str | None:
-        """The first place that holds the name."""
-        return next((place for place in self.places if self.name in parts[place]), None)
 
     def make_default(self) -> Any:
         """The default, never the same list twice."""
