@@ -594,15 +594,14 @@ def read_json(body: bytes) -> dict[str, Any]:
 DEEPEST = 100  # levels of nesting: far from what Python itself cannot read again
 
 
-def refuse_absurd_depth(value: Any) -> None:
-    if depth(value) > DEEPEST:
-        raise ValueError(f"It nests deeper than {DEEPEST} levels")
-
-
-def depth(value: Any) -> int:
-    children = value.values() if isinstance(value, dict) else value
-    is_nested = isinstance(value, dict | list)
-    return 1 + max(map(depth, children), default=0) if is_nested else 0
+def refuse_absurd_depth(value: Any, left: int = DEEPEST) -> None:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        if not left:
+            raise ValueError(f"It nests deeper than {DEEPEST} levels")
+        for each in value:
+            refuse_absurd_depth(each, left - 1)
 
 
 def unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
