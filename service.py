@@ -695,7 +695,7 @@ def parser_of(*arguments: Argument) -> RequestParser:
 
 def in_json(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """The parts of a request whose JSON body this is."""
-    return {"json": values, "form": {}, "files": {}, "args": {}}
+    return defaultdict(dict, json=values)
 
 
 class Resource:
@@ -714,26 +714,27 @@ class Resource:
         name: str,
         item: str,
         arguments: Iterable[Argument],
-        starter: Mapping[str, Mapping[str, Any]] | None = None,
+        starter: Mapping[str, Mapping[str, Any]] = {},
         shared: str | None = None,
     ) -> None:
         for word in (name, item):
             if not re.fullmatch("(?!.{22})[a-z]+(-[a-z]+)*", word) or word in RESERVED:
                 right = "words such as notes and note can"
                 raise ValueError(f"{word!r} cannot name a resource or item; {right}")
-        if shared is not None and starter:
-            raise ValueError(f"{name} is shared, so no account begins with some")
         if shared is not None:
             ROLE(shared)
+            if starter:
+                raise ValueError(f"{name} is shared, so no account begins with some")
         self.name, self.item, self.shared = name, item, shared
         # Kept under its name, so that what was read can be sent again.
-        as_kept: dict[str, Any] = {"location": BODY, "is_kept": True, "dest": None}
-        kept = [replace(each, **as_kept) for each in arguments]
+        kept = [
+            replace(each, location=BODY, is_kept=True, dest=None) for each in arguments
+        ]
         self.parser, self.starter = parser_of(*kept), dict[str, Namespace]()
         for each in kept:
             if not callable(each.default):
                 to_json(each.default)  # ValueError for what JSON cannot hold
-        for id, given in (starter or {}).items():
+        for id, given in starter.items():
             if not ID.fullmatch(id):
                 raise ValueError(f"starter {id!r} of {name} must be an id like note1")
             try:
