@@ -861,7 +861,12 @@ class Data(dict[str, Any]):
         changed, before = [], {(row.resource, row.id): row for row in self._rows}
         for resource in [name for name in self if name not in IN_DOCUMENT]:
             for id, item in self[resource].items():
-                row = before.pop((resource, id), None) or self._new_row(resource, id)
+                row = before.pop((resource, id), None)
+                if row is None:
+                    counter = self.counter(resource)
+                    counter["count"] += 1
+                    counter["position"] += 1
+                    row = Row(resource, counter["position"], id, "")
                 if not isinstance(item, dict):
                     raise TypeError(f"{resource} holds dicts, not {item!r}")
                 text = to_json(item)
@@ -875,12 +880,6 @@ class Data(dict[str, Any]):
         if text != self._document.text:
             changed.append(NO_DOCUMENT._replace(text=text))
         return changed
-
-    def _new_row(self, resource: str, id: str) -> Row:
-        counter = self.counter(resource)
-        counter["count"] += 1
-        counter["position"] += 1
-        return Row(resource, counter["position"], id, "")
 
     def __enter__(self) -> Data:
         return self
