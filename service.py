@@ -2324,8 +2324,9 @@ def camel(text: str) -> str:
 def operation(route: Route) -> dict[str, Any]:
     """What OpenAPI says of one route."""
     is_get, in_body = route.rule.startswith("GET "), []
-    names = VARIABLE.findall(route.rule)
-    parameters = [parameter("path", name, TEXT, True) for name in names]
+    parameters = [
+        parameter("path", name, TEXT, True) for name in VARIABLE.findall(route.rule)
+    ]
     for each in route.takes.args if route.takes else ():
         places = [name for name in each.places if name in IN_OPENAPI or not is_get]
         place = IN_OPENAPI.get(places[0]) if places else None
@@ -2334,8 +2335,8 @@ def operation(route: Route) -> dict[str, Any]:
         else:
             in_body.append(each)
     if route.resource:
-        parameters.append(parameter("header", "If-Match", ETAGS))
-        parameters.append(parameter("header", "If-None-Match", ETAGS))
+        for name in ("If-Match", "If-None-Match"):
+            parameters.append(parameter("header", name, ETAGS))
     described = {
         "operationId": re.sub(r"\W+", "_", route.rule).strip("_").lower(),
         "summary": (route.view.__doc__ or route.rule).strip().split("\n")[0],
@@ -2360,21 +2361,20 @@ def parameter(
 def responses(route: Route) -> dict[str, Any]:
     schema = schema_of(route.example)
     if route.resource:
-        schema = reference(camel(route.resource.item))
+        schema = {"$ref": f"#/components/schemas/{camel(route.resource.item)}"}
     if route.view is list_items:
         schema = {"type": "object", "additionalProperties": schema}
     success = {"description": HTTP_STATUS_CODES.get(route.status, "Success")}
     if route.status != 204:
         success |= content(schema)
-    error = {"description": "An error"} | content(reference("Error"))
+    error = {
+        "description": "An error",
+        **content({"$ref": "#/components/schemas/Error"}),
+    }
     found = {str(route.status): success, "default": error}
     if route.view in (list_items, read_item):
         found["304"] = {"description": HTTP_STATUS_CODES[304]}
     return found
-
-
-def reference(name: str) -> dict[str, Any]:
-    return {"$ref": f"#/components/schemas/{name}"}
 
 
 def content(schema: Any, kinds: Iterable[str] = BODIES[:1]) -> dict[str, Any]:
