@@ -1259,8 +1259,14 @@ REQUIRED = {
     ACCESS: COMMON | {"aud": list, "iat": int, "jti": str},
     REFRESH: COMMON | {"gen": int},
 }
-JWT_OPTIONS: Any = {"verify_exp": False, "verify_iat": False, "verify_nbf": False}
-JWT = jwt.PyJWT(JWT_OPTIONS | {"enforce_minimum_key_length": True})
+JWT = jwt.PyJWT(
+    {
+        "verify_exp": False,
+        "verify_iat": False,
+        "verify_nbf": False,
+        "enforce_minimum_key_length": True,
+    }
+)
 THUMBPRINT = {  # of a key of each public algorithm: the members that RFC 7638 takes
     "EdDSA": ("crv", "kty", "x"),
     "ES256": ("crv", "kty", "x", "y"),
@@ -1325,13 +1331,12 @@ class Tokens:
         self._find_key = {ACCESS: find_key or by_kid(access), REFRESH: by_kid(secret)}
         self._remembered = lru_cache(maxsize=10_000)(self._verify)  # takes 50 to 160 µs
 
-    def pair(
-        self, user: str, roles: list[str], sid: str, session: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def pair(self, user: str, sid: str, data: Data) -> dict[str, Any]:
         """The answer of RFC 6749 §5.1: a new access token, the session's refresh token.
 
         The refresh token holds nothing random: one generation is always the same text.
         """
+        session, roles = data["sessions"][sid], roles_of(data)
         now, ends = int(self._clock()), session["expires_at"]
         exp = min(now + self._settings.access_ttl, ends)
         common = {"iss": self._settings.issuer, "sub": user, "sid": sid}
@@ -1386,6 +1391,11 @@ class Tokens:
         if not claims["sub"].isprintable():  # it becomes a part of headers and logs
             raise InvalidToken("The token names nobody")
         return claims
+
+
+def roles_of(data: Data) -> list[str]:
+    """As the account has them now: those in the token may be older."""
+    return list(data["account"].get("roles", []))
 
 
 def by_kid(keys: Iterable[jwt.PyJWK]) -> FindKey:
@@ -1664,11 +1674,6 @@ class Request(werkzeug.Request):
 
     def log(self, event: str, user: str) -> None:
         log_event(event, user, self.remote_addr)
-
-
-def roles_of(data: Data) -> list[str]:
-    """As the account has them now: those in the token may be older."""
-    return list(data["account"].get("roles", []))
 
 
 def bearer_token(environ: WSGIEnvironment) -> str:
@@ -2058,11 +2063,8 @@ def log_in(request: Request, given: Namespace) -> dict[str, Any]:
         refuse_if_changed(data, account)
         sid = open_session(data, app.clock(), app.settings.refresh_ttl)
     request.log("login", name)
-    return pair_of(app.tokens, name, sid, data)
-
-
-def pair_of(tokens: Tokens, name: str, sid: str, data: Data) -> dict[str, Any]:
-    return tokens.pair(name, roles_of(data), sid, data["sessions"][sid])
+    pair: dict[str, Any] = app.tokens.pair(name, sid, data)
+    return pair
 
 
 def refresh(request: Request, given: Namespace) -> dict[str, Any]:
@@ -2077,7 +2079,8 @@ def refresh(request: Request, given: Namespace) -> dict[str, Any]:
         request.log("reuse detected", name)
     if outcome in ("reused", "ended"):
         raise InvalidToken("The session has ended: log in again")
-    return pair_of(app.tokens, name, sid, data)
+    pair: dict[str, Any] = app.tokens.pair(name, sid, data)
+    return pair
 
 
 def revoke_token(request: Request) -> Any:
