@@ -45,7 +45,7 @@ from getpass import getpass
 from html import escape
 from importlib.util import find_spec
 from io import BytesIO
-from itertools import accumulate, chain, dropwhile, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from selectors import EVENT_READ, DefaultSelector
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -912,8 +912,8 @@ class MemoryStore:
     """Dicts under a lock: one process, and all is gone when it ends."""
 
     def __init__(self) -> None:
-        # Rows by owner, resource and id; the document first, as it has no resource.
-        self._owners: dict[str, dict[str, dict[str, Row]]] = {}
+        # Rows by owner, then by resource and id, in the order of their creation.
+        self._owners: dict[str, dict[tuple[str, str], Row]] = {}
         self._lock = threading.RLock()
 
     def read(self, owner: str, query: Query = EVERYTHING) -> Data:
@@ -930,30 +930,30 @@ class MemoryStore:
             data = self.read(owner, query)
             yield data
             changed = data.changes()
+            rows = self._owners.setdefault(owner, {})
             if data.is_cleared:
-                self._owners.pop(owner, None)
-            resources = self._owners.setdefault(owner, {"": {}})
+                rows.clear()
             for row in changed:
-                rows = resources.setdefault(row.resource, {})
-                if row.text:
-                    rows[row.id] = row
-                else:
-                    del rows[row.id]
+                rows[row.resource, row.id] = row
+                if not row.text:
+                    del rows[row.resource, row.id]
 
     def _select(self, owner: str, query: Query) -> list[Row]:
         with self._lock:
-            resources = self._owners.get(owner, {})
-            document = resources.get("", {}).get("", NO_DOCUMENT)
-            items = resources.get(query.resource, {})
-            rows: Iterable[Row] = items.values()
+            rows = self._owners.get(owner, {})
+            found: Iterable[Row] = rows.values()
             if query.id:
-                rows = [items[query.id]] if query.id in items else []
-            elif not query.resource:
-                rows = chain(*map(dict.values, resources.values()))
-            rows = dropwhile(lambda row: row.position <= query.after, rows)
+                key = (query.resource, query.id)
+                found = [rows[key]] if key in rows else []
+            items = (
+                row
+                for row in found
+                # The document, which is none, has the position 0.
+                if row.position > query.after and query.resource in ("", row.resource)
+            )
             # One more than the limit shows that there are more.
             most = query.limit + 1 if query.limit else 0
-            return [document, *islice(rows, most)]
+            return [rows.get(("", ""), NO_DOCUMENT), *islice(items, most)]
 
 
 SELECT_DOCUMENT = "SELECT '', 0, '', document FROM users WHERE name = :owner"
