@@ -1003,13 +1003,6 @@ def select_rows(owner: str, query: Query) -> Statement:
     return f"{SELECT_DOCUMENT} UNION ALL {items} ORDER BY 1, 2", values
 
 
-def statement_for(row: Row) -> str:
-    """What keeps a changed row, or takes it away."""
-    if not row.resource:
-        return KEEP_DOCUMENT
-    return PUT_ITEM if row.text else DELETE_ITEM
-
-
 class SQLStore:
     """The same in two tables of a database; connections are kept for their next use."""
 
@@ -1049,7 +1042,10 @@ class SQLStore:
             yield data
             end: list[Statement] = [(DELETE_ITEMS, new)] if data.is_cleared else []
             for row in data.changes():
-                end.append((statement_for(row), new | row._asdict()))
+                sql = PUT_ITEM if row.text else DELETE_ITEM
+                if not row.resource:
+                    sql = KEEP_DOCUMENT
+                end.append((sql, new | row._asdict()))
             end.append(("COMMIT" if end else "ROLLBACK", {}))
             with self._or_503():
                 self.run(connection, end)
