@@ -415,7 +415,7 @@ class Argument:
         try:
             value = self.kind(self.lowered(value))
             if self.is_kept:
-                (value if isinstance(value, str) else to_json(value)).encode()
+                to_json(value).encode()  # ValueError for half of a surrogate pair
                 refuse_absurd_depth(value)
         except BAD_VALUE as error:
             text = str(error) if isinstance(error, ValueError) else ""
@@ -581,8 +581,7 @@ def read_json(body: bytes) -> dict[str, Any]:
         value = from_json(body.decode("utf-8-sig") or "{}")
         if b"\\u" in body:
             to_json(value).encode()  # half of a surrogate pair cannot be
-        if body.count(b"[") + body.count(b"{") > DEEPEST:
-            refuse_absurd_depth(value)
+        refuse_absurd_depth(value)
     except (ValueError, RecursionError) as error:
         raise Refusal(message=f"The JSON body could not be read: {error}") from None
     if not isinstance(value, dict):
