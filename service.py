@@ -1357,11 +1357,14 @@ class Tokens:
         if len(token) > 4096 or "=" in token:
             raise InvalidToken("The token is longer than 4096 characters, or padded")
         now = self._clock()
-        # Anew every 300 s, for a guard whose issuer has withdrawn a key.
-        claims = self._remembered(typ, token, now // 300)
+        # Anew every 300 s, for a guard whose issuer has withdrawn a key. A refresh
+        # token is hardly seen twice.
+        check = self._remembered if typ == ACCESS else self._verify
+        claims = check(typ, token, now // 300)
         if claims["exp"] <= now and not even_expired:
             raise InvalidToken("The token has expired")
-        return copy.deepcopy(claims)  # what is remembered is nobody's to change
+        copies = {name: [*each] for name, each in claims.items() if type(each) is list}
+        return {**claims, **copies}  # what is remembered is nobody's to change
 
     def _verify(self, typ: str, token: str, period: float) -> Claims:
         """period is a part of what is remembered, no more."""
