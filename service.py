@@ -378,8 +378,7 @@ class Argument:
 
     def find(self, parts: Mapping[str, Any], trim: bool, partial: bool) -> Any:
         """The value, or the list of values, or MISSING; ValueError for the sender."""
-        # The first place that holds the name.
-        place = next((each for each in self.places if self.name in parts[each]), None)
+        place = self.place_in(parts)
         if place is None:
             if self.required and not partial:
                 places = [words for key, words in PLACES.items() if key in self.places]
@@ -400,6 +399,10 @@ class Argument:
         elif self.action == "split" and isinstance(values[0], str):
             values = [word for text in values if text for word in text.split(",")]
         return [self.convert(value, trim) for value in values]
+
+    def place_in(self, parts: Mapping[str, Any]) -> str | None:
+        """The first place that holds the name."""
+        return next((place for place in self.places if self.name in parts[place]), None)
 
     def make_default(self) -> Any:
         """The default, never the same list twice."""
@@ -712,7 +715,7 @@ class Resource:
         name: str,
         item: str,
         arguments: Iterable[Argument],
-        starter: Mapping[str, Mapping[str, Any]] = {},
+        starter: Mapping[str, Mapping[str, Any]] | None = None,
         shared: str | None = None,
     ) -> None:
         for word in (name, item):
@@ -732,7 +735,7 @@ class Resource:
         for each in kept:
             if not callable(each.default):
                 to_json(each.default)  # ValueError for what JSON cannot hold
-        for id, given in starter.items():
+        for id, given in (starter or {}).items():
             if not ID.fullmatch(id):
                 raise ValueError(f"starter {id!r} of {name} must be an id like note1")
             try:
@@ -1608,19 +1611,19 @@ class Request(werkzeug.Request):
         if not is_json and kind not in FORMS:
             kinds = PATCHES if self.method == "PATCH" else BODIES
             raise http.UnsupportedMediaType(f"Send {' or '.join(kinds)}")
-        is_odd = not is_json and body.lstrip().startswith((b"{", b"["))
-        if not (is_odd and kind == MULTIPART):  # of which no part could be read
-            for place in IN_BODY:
-                for each in asked:
-                    if place in each.places and each.name in parts[place]:
-                        return
-        if is_odd:
-            hint = "The body looks like JSON: send Content-Type: application/json"
+        hint = "The body looks like JSON: send Content-Type: application/json"
+        looks_like_json = not is_json and body.lstrip().startswith((b"{", b"["))
+        if looks_like_json and kind == MULTIPART:  # of which no part could be read
+            raise http.BadRequest(hint)
+        sent = defaultdict(dict, {place: parts[place] for place in IN_BODY})
+        if not any(sent.values()) or any(each.place_in(sent) for each in asked):
+            return
+        if looks_like_json:
             raise http.BadRequest(hint)
         # What is required and missing says so itself; a PATCH requires nothing.
         missing = [each for each in parser.args if each.place_in(parts) is None]
         is_told = self.method != "PATCH" and any(each.required for each in missing)
-        if any(parts[place] for place in IN_BODY) and not is_told:
+        if not is_told:
             names = ", ".join(each.name for each in asked)
             raise http.BadRequest(f"The body holds none of {names}")
 

@@ -18,6 +18,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flask
 import jwt
 import pytest
 from authlib.integrations.base_client import OAuthError
@@ -29,13 +30,14 @@ from oauthlib.oauth2.rfc6749.errors import InvalidGrantError
 from requests_oauthlib import OAuth2Session as RequestsSession
 
 from conftest import ROOT, Canned, eventually, free_port, page, serve
-from service import Argument, Resource, Route
+from service import Argument, RequestParser, Resource, Route
 from test_service import (
     BAD_TOKEN,
     FORM,
     ISSUER,
     JSON,
     LOGIN,
+    MULTIPART,
     PASSWORD,
     SECRET,
     TRANSCRIPT,
@@ -593,3 +595,48 @@ def test_an_item_has_the_names_of_its_arguments_and_null_takes_one_away():
     both = {"n": "1", "a": "2"}
     assert alice("PUT /things/x", both).json == both
     assert alice("PATCH /things/x", {"a": None}).json == {"n": "1"}
+
+
+@each("kind", [FORM, MULTIPART])
+@each("is_read", [False, True])
+def test_the_parser_takes_flasks_request_even_when_somebody_has_read_it(kind, is_read):
+    app, parser = flask.Flask("host"), RequestParser()
+    parser.add_argument("file", location="files").add_argument("task")
+
+    @app.post("/")
+    def read():
+        text = flask.request.form["task"] if is_read else None
+        again = [parser.parse_args(flask.request)["task"] for _ in range(2)]
+        return {"task": again, "text": text}
+
+    sent = {"task": "Grüße"}
+    found = app.test_client().post("/", data=sent, content_type=kind).json
+    assert found == {"task": ["Grüße"] * 2, "text": "Grüße" if is_read else None}
+
+
+def own(argument: Argument, **options: Any) -> World:
+    """A service with a route of its own that gives back what it takes."""
+    parser = RequestParser().add_argument(argument)
+
+    def view(request):
+        return parser.parse_args(request, **options)
+
+    return World(routes=[Route("PUT /x", view, takes=parser, is_open=True)])
+
+
+def test_a_route_of_ones_own_reads_what_it_takes_and_no_more():
+    null = own(Argument("a", store_missing=False), partial=True)
+    assert null("PUT /x", {"a": None}).json == {"a": None}
+    picture = own(Argument("a", location="args"))
+    assert picture("PUT /x?a=1", b"PNG", content_type="image/png").json == {"a": "1"}
+    text, sent = own(Argument("a")), {"a": "x\ufffd"}
+    assert text("PUT /x", form=sent, content_type=MULTIPART).json == sent
+    hint = text("PUT /x", b'{"a": 1}', content_type=f"{MULTIPART}; boundary=b")
+    assert "looks like JSON" in hint.text
+    steps = own(Argument("a", int, choices=range(0, 9, 4)))("PUT /x", {"a": 3})
+    assert "0, 4, 8" in steps.text
+
+
+def test_a_view_may_redirect_in_any_script():
+    view = Route("GET /x", lambda request: flask.redirect("/\u0437"), is_open=True)
+    assert World(routes=[view])("GET /x").headers["Location"] == "/%D0%B7"

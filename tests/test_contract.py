@@ -125,6 +125,7 @@ def test_what_is_declared_oddly_is_described_rightly():
         Argument("n", int, choices=range(500, 0, -1), location="values"),
         Argument("p", Decimal, choices=[Decimal("0.5")], location="args"),
         Argument("none", choices=range(0), location="args"),
+        Argument("big", int, choices=range(2**63), location="args"),
     ]
     example = [{"at": datetime.datetime(2030, 1, 1)}, {"at": None}]
     world = World(
@@ -133,7 +134,7 @@ def test_what_is_declared_oddly_is_described_rightly():
     found = world("GET /openapi.json").json["paths"]["/odd"]["get"]
     assert "requestBody" not in found
     places = {each["name"]: each["in"] for each in found["parameters"]}
-    assert list(places.values()) == ["header", "cookie", *["query"] * 4]
+    assert list(places.values()) == ["header", "cookie", *["query"] * 5]
     schemas = {each["name"]: each["schema"] for each in found["parameters"]}
     assert schemas["n"] == {"type": "integer", "minimum": 1, "maximum": 500}
     assert schemas["p"]["enum"] == ["0.5"]

@@ -805,6 +805,47 @@ def test_what_the_readmes_container_runs_ends_well_as_process_one(
         assert "Shutting down: Master" in server.log
 
 
+# ---- gunicorn: crowds and slow clients ----------------------------------------------
+
+
+@GUNICORNS
+def test_a_rush_of_logins_leaves_room_for_everybody_else(kind):
+    with serve("-k", kind) as server:
+        token, read_meanwhile, statuses = server.user("alice"), 0, Counter[int]()
+
+        def log_in(number):
+            answer = server("POST /token", **LOGIN)
+            assert answer.status == 200 or "Retry-After" in answer.headers
+            statuses[answer.status] += 1
+
+        rush = threading.Thread(target=together, args=(64, log_in))
+        rush.start()
+        eventually(lambda: statuses)
+        while rush.is_alive():
+            assert server("GET /todos/todo3", token).status == 200
+            read_meanwhile += 1
+        assert sum(statuses.values()) == 64
+        assert statuses.keys() == {200, 503}
+        assert read_meanwhile > 1
+
+
+def test_the_log_tells_requests_and_events_and_no_secret():
+    with serve() as server:
+        token, form = server.user("alice"), {"grant_type": "password"}
+        server("POST /token?password=in+the+url", **form)
+        server("POST /token", **form, username="alice", password="wrong horse")
+        server(f"GET /todos?access_token={token}", token)
+        server("GET /todos/a%0a127.0.0.1%20forged", token)
+        log = eventually(lambda: "forged" in server.log and server.log)
+    assert re.search(r"\[INFO\] failed login\b.*'alice'.*'127\.0\.0\.1'", log)
+    line = r"(?m)^127\.0\.0\.1 \[.*\] {} \d+ bytes \d+ ms$"
+    assert re.search(line.format("POST '/users' 201"), log)
+    assert re.search(line.format("GET '/todos' 200"), log)
+    assert re.search(line.format(r"GET '/todos/a\\n127\.0\.0\.1 forged' 404"), log)
+    secrets = [token, PASSWORD, "in+the+url", "wrong horse", "access_t"]
+    assert [secret for secret in secrets if secret in log] == []
+
+
 # ---- Starting, living on, and ending  --------------------------------------
 
 DATABASE = f"SERVICE_SECRET_KEY={SECRET} SERVICE_STORE_URL=sqlite:///"
