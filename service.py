@@ -855,6 +855,7 @@ class Data(dict[str, Any]):
         """Take away all that the user owns, read or not."""
         super().clear()
         self._rows.clear()
+        self._document = NO_DOCUMENT._replace(text="")  # whatever comes is a change
         self.is_cleared = True
 
     def changes(self) -> list[Row]:
@@ -931,13 +932,15 @@ class MemoryStore:
             data = self.read(owner, query)
             yield data
             changed = data.changes()
-            rows = self._owners.setdefault(owner, {})
+            rows = self._owners.get(owner, {})
             if data.is_cleared:
                 rows.clear()
             for row in changed:
                 rows[row.resource, row.id] = row
                 if not row.text:
                     del rows[row.resource, row.id]
+            if rows:
+                self._owners[owner] = rows
 
     def _select(self, owner: str, query: Query) -> list[Row]:
         with self._lock:
@@ -1074,9 +1077,11 @@ class SQLStore:
                 connection.close()  # as it may be broken
                 raise
             except BaseException:
-                with self._or_503():
+                try:
                     connection.rollback()
-                idle.append(connection)
+                    idle.append(connection)
+                except self.errors:
+                    connection.close()
                 raise
             idle.append(connection)
         finally:
@@ -1117,17 +1122,22 @@ class SQLiteStore(SQLStore):
         self._path, self._was_there = path, False
         file, is_good = Path(path), False
         with suppress(OSError, RuntimeError, ValueError):  # no name of a file, a loop
-            is_file = file.is_file() or not file.exists()
-            is_good = is_file and os.access(file.resolve().parent, os.W_OK | os.X_OK)
+            is_free = file.parent.is_dir() and not file.exists()
+            is_ours = file.is_file() and os.access(file, os.R_OK | os.W_OK)
+            folder = file.resolve().parent  # where SQLite makes a log beside it
+            is_good = (is_free or is_ours) and os.access(folder, os.W_OK | os.X_OK)
         if not is_good:
-            right = "must name a file in a folder that can be written"
+            right = "must name a file that can be written, as its folder can"
             raise ValueError(f"SERVICE_STORE_URL {right}, not {path}")
 
     def pool(self) -> Any:
         """A connection is good for this process, and the file that is there now."""
         try:
             if not self._was_there:
-                os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
+                # Where its log is, the file has been; so for another process too.
+                is_new = not Path(f"{self._path}-wal").exists()
+                flags = os.O_RDWR | os.O_CREAT if is_new else os.O_RDWR
+                os.close(os.open(self._path, flags, 0o600))
                 self._was_there = True
             # A file that was there is not made anew: it would look as if all were well.
             # Connections to a file that was deleted or replaced stay open: closing the
@@ -1140,17 +1150,18 @@ class SQLiteStore(SQLStore):
         connection = sqlite3.connect(
             f"file:{quote(self._path)}?mode=rw",
             uri=True,
-            timeout=10,
+            timeout=0,
             isolation_level=None,
             check_same_thread=False,
         )
-        # While another process turns the file to WAL, SQLite does not heed the timeout.
+        # While another process turns the file to WAL, SQLite does not heed a timeout.
         for _ in range(100):
             with suppress(sqlite3.OperationalError):
                 connection.execute("PRAGMA journal_mode = WAL")
                 break
             time.sleep(0.02)
-        for sql in ("PRAGMA synchronous = FULL", *TABLES):
+        patience = "PRAGMA busy_timeout = 10000"  # milliseconds
+        for sql in (patience, "PRAGMA synchronous = FULL", *TABLES):
             connection.execute(sql)
         # SQLite has it only since 3.43.
         connection.create_function("octet_length", 1, lambda text: len(text.encode()))
@@ -1164,7 +1175,11 @@ class PostgresStore(SQLStore):
     may come up.
     """
 
-    begin = ("BEGIN", CLAIM, f"{SELECT_DOCUMENT} FOR UPDATE")
+    begin = (
+        "BEGIN ISOLATION LEVEL READ COMMITTED",
+        CLAIM,
+        f"{SELECT_DOCUMENT} FOR UPDATE",
+    )
 
     def __init__(self, url: str) -> None:
         super().__init__()
@@ -1180,8 +1195,8 @@ class PostgresStore(SQLStore):
             if "@" in str(self._options.get("host")):  # left there by a password
                 raise psycopg.ProgrammingError
             self.connect().close()
-        except (psycopg.OperationalError, psycopg.IntegrityError) as error:
-            store_down(error)  # is logged; others may be making the tables
+        except psycopg.OperationalError as error:
+            store_down(error)  # is logged
         except psycopg.Error:  # which may quote the password
             right = "a PostgreSQL database in UTF8 that has the tables, or may get them"
             raise ValueError(f"SERVICE_STORE_URL must name {right}") from None
@@ -1197,7 +1212,12 @@ class PostgresStore(SQLStore):
             if pid != connection.info.backend_pid:  # behind a transaction pooler
                 connection.prepare_threshold = None
             for sql in () if has_tables else TABLES:
-                connection.execute(sql)
+                with suppress(
+                    psycopg.errors.UniqueViolation,  # somebody else makes it now
+                    psycopg.errors.DuplicateTable,
+                    psycopg.errors.DuplicateObject,
+                ):
+                    connection.execute(sql)
         except psycopg.Error:
             connection.close()
             raise
@@ -2600,30 +2620,41 @@ def guard(
     return guarded
 
 
+NO_KEYS = (jwt.PyJWTError, ValueError, TypeError, RuntimeError, OSError)
+
+
+def patiently(ask: Callable[..., Any]) -> Callable[..., Any]:
+    """To ask one at a time, and not within a second after it failed: nobody queues."""
+    lock, failed_at = threading.Lock(), -math.inf
+
+    def asked(*given: Any) -> Any:
+        nonlocal failed_at
+        with lock:
+            if time.monotonic() < failed_at + 1:
+                raise jwt.PyJWKClientConnectionError("it did not answer a moment ago")
+            try:
+                return ask(*given)
+            except NO_KEYS as error:
+                if type(error) is not jwt.PyJWKClientError:  # which is: no such key
+                    failed_at = time.monotonic()
+                raise
+
+    return asked
+
+
 def remote_keys(url: str) -> FindKey:
     """A function that finds a public key by its kid in the JWK set at a URL."""
     agent = {"User-Agent": "todo-service"}  # firewalls refuse Python's
     client = jwt.PyJWKClient(url, timeout=5, cooldown_duration=10, headers=agent)
-    lock = threading.Lock()  # so that many who come at once fetch it once
-    failed_at = -math.inf
-
-    def fetch() -> object:
-        nonlocal failed_at
-        with lock:
-            if time.monotonic() < failed_at + 1:
-                raise OSError("it did not answer a moment ago")  # nor wait in a row
-            try:
-                return client.get_signing_keys()
-            except BaseException:
-                failed_at = time.monotonic()
-                raise
+    get_keys = patiently(client.get_signing_keys)
+    get_key = patiently(client.get_signing_key)
 
     def find(kid: str) -> jwt.PyJWK:
         keys = None
         try:
-            keys = fetch()  # though it may lack this one
-            key = client.get_signing_key(kid)
-        except (jwt.PyJWTError, ValueError, TypeError, RuntimeError, OSError) as error:
+            keys = get_keys()
+            key = client.match_kid(keys, kid) or get_key(kid)
+        except NO_KEYS as error:
             if keys and not isinstance(error, jwt.PyJWKClientConnectionError):
                 raise LookupError(kid) from None
             log.warning("no keys from %s: %r", url, error)

@@ -5,13 +5,11 @@ hmac and base64 alone: no library mends what is to be broken.
 """
 
 import base64
-import hashlib
 import hmac
 import json
 import re
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -36,7 +34,6 @@ from test_service import (
     FORM,
     ISSUER,
     JSON,
-    LOGIN,
     MULTIPART,
     PASSWORD,
     SECRET,
@@ -328,6 +325,18 @@ def test_of_many_who_come_while_there_are_no_keys_few_ask_for_them(shop):
     assert len(shop.issuer.agents) < 4
 
 
+def test_junk_while_the_issuer_is_silent_keeps_nobody_else_waiting(shop):
+    alice = shop.login.user()
+    assert seen_by(shop, alice).status == 200
+    shop.wait(11)  # the cooldown of a kid that is not known
+    shop.issuer.reply = lambda: b""
+    junk = signed({"alg": "EdDSA", "typ": "at+jwt", "kid": "x"}, {}, lambda _: b"x")
+    for _ in range(3):
+        assert shop("GET /", authorization=f"Bearer {junk}").status == 503
+        assert seen_by(shop, alice).status == 200
+    assert len(shop.issuer.agents) == 2
+
+
 def test_keys_come_over_http_from_the_very_url_that_was_given(shop):
     with Canned(lambda: b"") as elsewhere:
         there = f"Location: {elsewhere.url}"
@@ -557,33 +566,6 @@ def test_what_a_host_declares_wrongly_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(jwt.algorithms, "has_crypto", False)  # as if not installed
     with pytest.raises(ValueError, match="pip install cryptography"):
         signing(tmp_path, "Ed25519")
-
-
-def test_who_waits_five_seconds_to_have_a_password_hashed_is_503(monkeypatch):
-    world, answers, go_on = World(), [], threading.Event()
-
-    def scrypt(*given, **options):
-        assert go_on.wait(20)
-        return b"a hash"
-
-    def log_in(number):
-        answers.append(world("POST /token", LOGIN, address=f"192.0.2.{number}"))
-        go_on.set()  # when the first of three has been answered
-
-    monkeypatch.setattr(hashlib, "scrypt", scrypt)
-    together(3, log_in)
-    assert [answer.status for answer in answers] == [503, 400, 400]
-    assert answers[0].headers["Retry-After"] == "5"
-
-
-def test_of_very_many_who_guessed_the_first_are_forgotten(monkeypatch):
-    monkeypatch.setattr(hashlib, "scrypt", lambda *given, **options: b"a hash")
-    world, guesses = World(), {"address": "192.0.2.1"}
-    for status in [400] * 10 + [429]:
-        assert world("POST /token", LOGIN, **guesses).status == status
-    for number in range(10_000):
-        world.app.passwords.match(None, "a guess", "bob", f"host {number}")
-    assert world("POST /token", LOGIN, **guesses).status == 400
 
 
 def test_an_item_has_the_names_of_its_arguments_and_null_takes_one_away():

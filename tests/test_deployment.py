@@ -6,6 +6,7 @@ the README tells to write down is read from there.
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import os
 import re
@@ -34,7 +35,7 @@ from test_server import GUNICORNS, exchange, wired
 from werkzeug.datastructures import Headers
 
 from conftest import ROOT, Postgres, eventually, free_port, is_running, run, serve
-from test_service import FORM, JSON, LOGIN, PASSWORD, SECRET, Answer, together
+from test_service import FORM, JSON, LOGIN, PASSWORD, SECRET, Answer, World, together
 
 README = (ROOT / "README.md").read_text()
 SYSTEM = f"{os.environ['PATH']}:/usr/sbin:/sbin"
@@ -844,6 +845,33 @@ def test_the_log_tells_requests_and_events_and_no_secret():
     assert re.search(line.format(r"GET '/todos/a\\n127\.0\.0\.1 forged' 404"), log)
     secrets = [token, PASSWORD, "in+the+url", "wrong horse", "access_t"]
     assert [secret for secret in secrets if secret in log] == []
+
+
+def test_who_waits_five_seconds_to_have_a_password_hashed_is_503(monkeypatch):
+    world, answers, go_on = World(), [], threading.Event()
+
+    def scrypt(*given, **options):
+        assert go_on.wait(20)
+        return b"a hash"
+
+    def log_in(number):
+        answers.append(world("POST /token", LOGIN, address=f"192.0.2.{number}"))
+        go_on.set()  # when the first of three has been answered
+
+    monkeypatch.setattr(hashlib, "scrypt", scrypt)
+    together(3, log_in)
+    assert [answer.status for answer in answers] == [503, 400, 400]
+    assert answers[0].headers["Retry-After"] == "5"
+
+
+def test_of_very_many_who_guessed_the_first_are_forgotten(monkeypatch):
+    monkeypatch.setattr(hashlib, "scrypt", lambda *given, **options: b"a hash")
+    world, guesses = World(), {"address": "192.0.2.1"}
+    for status in [400] * 10 + [429]:
+        assert world("POST /token", LOGIN, **guesses).status == status
+    for number in range(10_000):
+        world.app.passwords.match(None, "a guess", "bob", f"host {number}")
+    assert world("POST /token", LOGIN, **guesses).status == 400
 
 
 # ---- Starting, living on, and ending  --------------------------------------

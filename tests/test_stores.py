@@ -122,6 +122,14 @@ def test_a_block_keeps_nothing_that_could_not_be_read_again(store, value):
     assert (list(items(store)), store.read("alice")["account"]) == (["a"], {})
 
 
+def test_what_is_cleared_and_written_as_it_was_is_kept(store):
+    for _ in range(2):
+        with store.write("alice", service.NO_ITEMS) as data:
+            data.clear()
+            data["account"] = {"hash": None}
+    assert store.read("alice")["account"] == {"hash": None}
+
+
 @each("error", [sqlite3.IntegrityError, psycopg.IntegrityError])
 def test_a_block_may_use_a_database_of_its_own(store, error):
     for _ in range(20):
@@ -491,6 +499,9 @@ def test_a_transaction_that_is_cut_off_leaves_nothing_but_a_line(postgres_url, c
         data["todos"]["half"] = {}
         assert sql(postgres_url, cut_off) == [(True,)]
     assert "\n" not in caplog.messages[-1]  # further ones may quote users
+    with pytest.raises(KeyError), store.write("alice"):
+        assert sql(postgres_url, cut_off) == [(True,)]
+        raise KeyError  # which is what its writer gets to see
     put(store, "next")
     assert list(items(store)) == ["whole", "next"]
 
@@ -606,15 +617,20 @@ def test_a_deleted_file_is_503_until_a_copy_is_there(store, store_url):
 
 
 @SQLITE
-def test_a_locked_file_is_503_for_writers_alone(store, store_url, monkeypatch):
-    connect = sqlite3.connect
+def test_a_deleted_file_is_not_made_anew_by_another_process(store, store_url):
+    put(store, "a")
+    Path(store_url[10:]).unlink()
+    with pytest.raises(ServiceUnavailable):
+        service.open_store(store_url).read("alice")
+    assert not Path(store_url[10:]).exists()
 
-    def impatient(path, **options):  # we would wait for 10 s
-        return connect(path, **options | {"timeout": 0.05})
 
-    monkeypatch.setattr(sqlite3, "connect", impatient)
+@SQLITE
+def test_a_locked_file_is_503_for_writers_alone(store, store_url, connections):
     alice = World(store=store).user()
-    with closing(connect(store_url[10:], isolation_level=None)) as other:
+    for connection in connections:
+        connection.execute("PRAGMA busy_timeout = 50")  # we would wait for 10 s
+    with closing(sqlite3.connect(store_url[10:], isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         assert alice("POST /todos", {"task": "x"}).status == 503
         assert alice("GET /todos/todo3").json == {"task": "profit!"}
@@ -648,7 +664,15 @@ def test_a_block_that_changes_nothing_writes_nothing(store, store_url, connectio
 
 def test_a_file_that_is_no_database_is_503(tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    for path in (tmp_path, "/dev/null", "no/x.db", "x" * 300, "loop/x.db", "/a\0b"):
+    for path in (
+        tmp_path,
+        "/dev/null",
+        "no/x.db",
+        "x" * 300,
+        "loop/x.db",
+        "/a\0b",
+        "no/../x.db",
+    ):
         with pytest.raises(ValueError, match=r"SERVICE_STORE_URL .*\Z"):
             service.open_store(f"sqlite:///{tmp_path / path}")
     (tmp_path / "text.db").write_text("no database " * 1000)
