@@ -2497,7 +2497,9 @@ class App:
         self._match = lru_cache(maxsize=1000)(self._urls.match)
         self._origins, hops = settings.origins, settings.proxies
         self._forwarded = FORWARDED if hops else ()
-        self._wsgi = ProxyFix(self._respond, hops, hops, hops, 0, hops)  # 0 trusts none
+        self._wsgi: WSGIApplication = self._respond
+        if hops:
+            self._wsgi = ProxyFix(self._respond, hops, hops, hops, 0, hops)
 
     def __call__(
         self, environ: WSGIEnvironment, start_response: StartResponse
