@@ -832,7 +832,7 @@ class Data(dict[str, Any]):
         if self.is_cleared:
             return  # there is no more
         rows = self._select(query) or [NO_DOCUMENT]
-        sizes = [*accumulate(len(str(row.text).encode()) for row in rows[1:])]
+        sizes = [*accumulate(len(row.text.encode()) for row in rows[1:])]
         most = min(query.limit, 1 + bisect_left(sizes, PAGE_SIZE))
         kept = rows[: most + 1] if query.resource else rows
         document, *items = load(kept)
@@ -897,7 +897,7 @@ def load(rows: list[Row]) -> list[dict[str, Any]]:
         values = from_row(text)
         if "\\u" in text:
             to_json(values).encode()  # half of a surrogate pair cannot be
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, RecursionError):
         values = [None]
     if len(values) != len(rows) or not {type(value) for value in values} <= {dict}:
         raise store_down("a row holds no JSON object")
@@ -944,27 +944,31 @@ class MemoryStore:
 
     def _select(self, owner: str, query: Query) -> list[Row]:
         with self._lock:
-            rows = self._owners.get(owner, {})
+            rows, (resource, id, after, limit) = self._owners.get(owner, {}), query
             found: Iterable[Row] = rows.values()
-            if query.id:
-                key = (query.resource, query.id)
-                found = [rows[key]] if key in rows else []
+            if id:
+                found = [rows[resource, id]] if (resource, id) in rows else []
             items = (
                 row
                 for row in found
                 # The document, which is none, has the position 0.
-                if row.position > query.after and query.resource in ("", row.resource)
+                if row.position > after and resource in ("", row.resource)
             )
             # One more than the limit shows that there are more.
-            most = query.limit + 1 if query.limit else 0
+            most = limit + 1 if limit else 0
             return [rows.get(("", ""), NO_DOCUMENT), *islice(items, most)]
 
 
-SELECT_DOCUMENT = "SELECT '', 0, '', document FROM users WHERE name = :owner"
-SELECT_ITEMS = "SELECT resource, position, id, value FROM items WHERE owner = :owner"
+SELECT_DOCUMENT = (
+    "SELECT '', 0, '', CAST(document AS TEXT) FROM users WHERE name = :owner"
+)
+SELECT_ITEMS = (
+    "SELECT resource, position, id, CAST(value AS TEXT) FROM items WHERE owner = :owner"
+)
 SELECT_ITEM = f"{SELECT_ITEMS} AND resource = :resource AND id = :id"
 SELECT_PAGE = (  # with one item more than Data keeps, if there is one
-    "SELECT resource, position, id, value FROM (SELECT *, sum(octet_length(value)) OVER"
+    "SELECT resource, position, id, CAST(value AS TEXT)"
+    " FROM (SELECT *, sum(octet_length(value)) OVER"
     " (ORDER BY position ROWS BETWEEN UNBOUNDED PRECEDING AND 2 PRECEDING) AS size"
     " FROM items WHERE owner = :owner AND resource = :resource AND position > :after"
     " ORDER BY position LIMIT :limit + 1) AS page"
@@ -1592,6 +1596,7 @@ class Request(werkzeug.Request):
 
     max_form_memory_size = None  # stream bounds the whole body
     _get_file_stream = staticmethod(in_memory)
+    is_in = False  # has its session been found?
 
     def __init__(self, environ: WSGIEnvironment, app: App) -> None:
         super().__init__(environ, populate_request=False)
@@ -1635,7 +1640,8 @@ class Request(werkzeug.Request):
         looks_like_json = not is_json and body.lstrip().startswith((b"{", b"["))
         if looks_like_json and kind == MULTIPART:  # of which no part could be read
             raise http.BadRequest(hint)
-        sent = defaultdict(dict, {place: parts[place] for place in IN_BODY})
+        places = IN_BODY[:1] if is_json else IN_BODY[1:]
+        sent = defaultdict(dict, {place: parts[place] for place in places})
         if not any(sent.values()) or any(each.place_in(sent) for each in asked):
             return
         if looks_like_json:
@@ -1684,6 +1690,7 @@ class Request(werkzeug.Request):
     def check_session(self, data: Data) -> None:
         if self.claims["sid"] not in data["sessions"]:
             raise InvalidToken("The session has ended")
+        self.is_in = True
 
     @property
     def prefix(self) -> str:
@@ -2566,7 +2573,7 @@ class App:
             result = route.view(request, **arguments)
             return response_of(result, route.status, environ)
         except http.HTTPException as error:
-            if route.resource and not route.is_open and error.code != 503:
+            if not (route.is_open or request.is_in or error.code == 503):
                 request.read(NO_ITEMS)  # 401 before all else
             raise
 
