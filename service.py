@@ -2602,10 +2602,9 @@ def guard(
     at the issuer's jwks_url, or with its secret (which can forge tokens as well). No
     good token: 401 (RFC 6750 §3); no keys: 503. CORS preflights and open_paths pass.
     """
-    if bool(secret) == bool(jwks_url) or isinstance(open_paths, str):
-        raise ValueError("guard needs a secret or a jwks_url, and a list of open_paths")
-    if not comma_list(audience):  # or tokens for the issuer alone would do
-        raise ValueError("guard needs an audience: the name of this service")
+    is_named = comma_list(audience)  # or tokens for the issuer alone would do
+    if not is_named or bool(secret) == bool(jwks_url) or isinstance(open_paths, str):
+        raise ValueError("guard needs audience, secret or jwks_url, a list of paths")
     settings = Settings(secret or "", issuer=issuer, audience=audience)
     paths = {path.encode().decode("latin-1") for path in open_paths}  # PEP 3333
     tokens = Tokens(settings, clock, remote_keys(jwks_url) if jwks_url else None)
