@@ -99,6 +99,7 @@ class Settings:
     def __post_init__(self) -> None:
         keys, in_memory = comma_list(self.secret_key), self.store_url == "memory:"
 
+        # Each begins with its setting's name; what is truthy is good.
         rules: dict[str, Any] = {
             "SECRET_KEY must be set to 32 bytes or more: openssl rand -hex 32": (
                 (keys or (in_memory and not self.secret_key))
@@ -130,7 +131,7 @@ class Settings:
         for rule, is_good in rules.items():
             text = str(getattr(self, rule.partition(" ")[0].lower()))
             parts = comma_list(text)
-            # What was not UTF-8 came as surrogates, which are not printable either.
+            # Bytes that are not UTF-8 came as surrogates: not printable.
             is_text = "".join(parts).isprintable() and (parts or not text)
             if not (is_good and is_text):
                 raise ValueError(f"SERVICE_{rule}")
@@ -232,9 +233,9 @@ PLACES = {  # a part of the request, and what an error calls it
     "cookies": "the request's cookies",
     "files": "an uploaded file",
 }
-BODY = ("json", "form")
+JSON_OR_FORM = ("json", "form")
 URLENCODED, MULTIPART = "application/x-www-form-urlencoded", "multipart/form-data"
-FORMS = (URLENCODED, MULTIPART)
+FORM_TYPES = (URLENCODED, MULTIPART)
 MISSING: Any = object()
 REMOVED: Any = object()  # by null, from an item that does not store what is missing
 
@@ -386,6 +387,7 @@ class Argument:
             return MISSING
         part = parts[place]
         values = [part[self.name]] if place == "json" else part.getlist(self.name)
+        # Null is not given: missing in a whole body; in a PATCH the default, or gone.
         if values == [None] and self.nullable is None and not self.required:
             if not partial:
                 return MISSING
@@ -552,14 +554,14 @@ def read_form(request: werkzeug.Request) -> tuple[Any, Any]:
         return read_pairs(body), MultiDict()
     if request.mimetype == MULTIPART and body:
         return read_multipart(request, body)
-    if request.mimetype in FORMS:
+    if request.mimetype in FORM_TYPES:
         return request.form, request.files  # which somebody has read before
     return MultiDict(), MultiDict()
 
 
 def read_multipart(request: werkzeug.Request, body: bytes) -> tuple[Any, Any]:
     most, parts = request.max_form_memory_size, request.max_form_parts
-    parser = FormDataParser(in_memory, most, silent=False, max_form_parts=parts)
+    parser = FormDataParser(upload_buffer, most, silent=False, max_form_parts=parts)
     options, sent = request.mimetype_params, "\ufffd".encode()
     _, form, files = parser.parse(BytesIO(body), MULTIPART, len(body), options)
     # U+FFFD stands for what could not be decoded, unless it was sent.
@@ -570,7 +572,7 @@ def read_multipart(request: werkzeug.Request, body: bytes) -> tuple[Any, Any]:
     return form, files
 
 
-def in_memory(*_: Any, **__: Any) -> BytesIO:
+def upload_buffer(*_: Any, **__: Any) -> BytesIO:
     return BytesIO()  # for an upload, as the whole body is; nothing has to be closed
 
 
@@ -612,7 +614,7 @@ def unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return members
 
 
-class Number(float):
+class JSONNumber(float):
     """A number in a JSON body that remembers how it was written, for Decimal."""
 
     def __init__(self, text: str) -> None:
@@ -640,7 +642,7 @@ def as_text(value: Any) -> str:
 # All are made once: json.dumps and json.loads would make new ones for each call.
 to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=as_text).encode
 from_json = json.JSONDecoder(
-    parse_float=Number, parse_constant=Number, object_pairs_hook=unique_members
+    parse_float=JSONNumber, parse_constant=JSONNumber, object_pairs_hook=unique_members
 ).decode
 from_row = json.JSONDecoder(parse_float=finite, parse_constant=finite).decode
 
@@ -729,7 +731,8 @@ class Resource:
         self.name, self.item, self.shared = name, item, shared
         # Kept under its name, so that what was read can be sent again.
         kept = [
-            replace(each, location=BODY, is_kept=True, dest=None) for each in arguments
+            replace(each, location=JSON_OR_FORM, is_kept=True, dest=None)
+            for each in arguments
         ]
         self.parser, self.starter = parser_of(*kept), dict[str, Namespace]()
         for each in kept:
@@ -1381,6 +1384,7 @@ class Tokens:
 
     def verify(self, typ: str, token: str, even_expired: bool = False) -> Claims:
         """The claims of a token of ours. Raises InvalidToken."""
+        # Padding would be a second text of one token.
         if len(token) > 4096 or "=" in token:
             raise InvalidToken("The token is longer than 4096 characters, or padded")
         now = self._clock()
@@ -1586,16 +1590,16 @@ def log_event(event: str, user: str, address: str | None) -> None:
 # What stands between the wire and the views: a request that knows its bearer and opens
 # the data; answers in JSON; and the preconditions of RFC 9110 §13.
 
-BODIES = ("application/json", *FORMS)
-IN_BODY = ("json", "form", "files")
-PATCHES = ("application/merge-patch+json", *BODIES)
+BODY_TYPES = ("application/json", *FORM_TYPES)
+BODY_PLACES = {"json", "form", "files"}
+PATCH_TYPES = ("application/merge-patch+json", *BODY_TYPES)
 
 
 class Request(werkzeug.Request):
     """Werkzeug's request, with the app, its bearer and the data."""
 
     max_form_memory_size = None  # stream bounds the whole body
-    _get_file_stream = staticmethod(in_memory)
+    _get_file_stream = staticmethod(upload_buffer)
     is_in = False  # has its session been found?
 
     def __init__(self, environ: WSGIEnvironment, app: App) -> None:
@@ -1628,19 +1632,19 @@ class Request(werkzeug.Request):
 
     def check_body(self, parser: RequestParser) -> None:
         """Refuse a body in which the parser cannot find what it asks for."""
-        asked = [each for each in parser.args if {*IN_BODY}.intersection(each.places)]
+        asked = [each for each in parser.args if BODY_PLACES.intersection(each.places)]
         body, kind, parts = self.get_data(), self.mimetype, Parts(self)
         if not asked or not body:
             return
         is_json = self.is_json and kind != "application/json-patch+json"
-        if not is_json and kind not in FORMS:
-            kinds = PATCHES if self.method == "PATCH" else BODIES
+        if not is_json and kind not in FORM_TYPES:
+            kinds = PATCH_TYPES if self.method == "PATCH" else BODY_TYPES
             raise http.UnsupportedMediaType(f"Send {' or '.join(kinds)}")
         hint = "The body looks like JSON: send Content-Type: application/json"
         looks_like_json = not is_json and body.lstrip().startswith((b"{", b"["))
         if looks_like_json and kind == MULTIPART:  # of which no part could be read
             raise http.BadRequest(hint)
-        places = IN_BODY[:1] if is_json else IN_BODY[1:]
+        places = ["json"] if is_json else ["form", "files"]
         sent = defaultdict(dict, {place: parts[place] for place in places})
         if not any(sent.values()) or any(each.place_in(sent) for each in asked):
             return
@@ -1778,12 +1782,12 @@ def conditional(request: Request, body: Any, **headers: str) -> Response:
 
 
 TAG = r'(W/)?"[!#-~\x80-\xff]*"'
-NO_TAG = "no tag"  # of what has none: no header can name it
+NO_TAG = "no tag"  # of an account: no header can name it, so only * means it
 ENTITY_TAGS = rf"(\*|[ \t,]*{TAG}([ \t]*,[ \t,]*{TAG})*[ \t,]*)?"
 
 
 def check_preconditions(request: Request, there: Any, tag: str = "") -> bool:
-    """Does the client have what is there? 412 if the request means something else.
+    """Does the client have what is there (304)? 412 if the request means another thing.
 
     there is None where nothing is (RFC 9110 §13.2.2); its tag is made if need be.
     """
@@ -1884,7 +1888,7 @@ ANY = Text(1, 100_000, r"[\s\S]*")  # also what is nobody's
 
 NO_STORE = {"Cache-Control": "no-store"}
 
-in_body = partial(Argument, required=True, location=BODY)
+in_body = partial(Argument, required=True, location=JSON_OR_FORM)
 in_query = partial(Argument, location="args")
 USERNAME = in_body("username", NAME, case_sensitive=False)
 SIGN_UP = parser_of(USERNAME, in_body("password", PASSWORD))
@@ -2347,7 +2351,7 @@ def camel(text: str) -> str:
 
 def operation(route: Route) -> dict[str, Any]:
     """What OpenAPI says of one route."""
-    is_get, in_body = route.rule.startswith("GET "), []
+    is_get, members = route.rule.startswith("GET "), []
     parameters = [
         parameter("path", name, TEXT, True) for name in VARIABLE.findall(route.rule)
     ]
@@ -2357,7 +2361,7 @@ def operation(route: Route) -> dict[str, Any]:
         if place:
             parameters.append(parameter(place, each.name, each.schema, each.required))
         else:
-            in_body.append(each)
+            members.append(each)
     if route.resource:
         for name in ("If-Match", "If-None-Match"):
             parameters.append(parameter("header", name, ETAGS))
@@ -2369,10 +2373,10 @@ def operation(route: Route) -> dict[str, Any]:
         "parameters": parameters,
         "responses": responses(route),
     }
-    if in_body:
+    if members:
         # Not "required": the clients of openapi-python-client would not import then.
-        schema = body_schema(in_body, is_partial=route.view is update_item)
-        described["requestBody"] = content(schema, BODIES)
+        schema = body_schema(members, is_partial=route.view is update_item)
+        described["requestBody"] = content(schema, BODY_TYPES)
     return described
 
 
@@ -2401,7 +2405,7 @@ def responses(route: Route) -> dict[str, Any]:
     return found
 
 
-def content(schema: Any, kinds: Iterable[str] = BODIES[:1]) -> dict[str, Any]:
+def content(schema: Any, kinds: Iterable[str] = BODY_TYPES[:1]) -> dict[str, Any]:
     return {"content": {kind: {"schema": schema} for kind in kinds}}
 
 
@@ -2537,7 +2541,7 @@ class App:
             is_oauth = request.path in ("/token", "/revoke")
             response = error_answer(error, is_oauth)
             if error.code == 415 and request.method == "PATCH":  # RFC 5789 §2.2
-                response.headers["Accept-Patch"] = ", ".join(PATCHES)
+                response.headers["Accept-Patch"] = ", ".join(PATCH_TYPES)
             return response
 
     def _answer(self, request: Request) -> Response:
@@ -2551,7 +2555,7 @@ class App:
             if methods:
                 response = answer(None, 204, Allow=", ".join(methods))
                 if "PATCH" in methods:
-                    response.headers["Accept-Patch"] = ", ".join(PATCHES)
+                    response.headers["Accept-Patch"] = ", ".join(PATCH_TYPES)
                 return response
         route, found = self._match(path, request.method)
         arguments = dict(found)
@@ -2573,8 +2577,9 @@ class App:
             result = route.view(request, **arguments)
             return response_of(result, route.status, environ)
         except http.HTTPException as error:
+            # 401 before all else, unless the session is known, or cannot be.
             if not (route.is_open or request.is_in or error.code == 503):
-                request.read(NO_ITEMS)  # 401 before all else
+                request.read(NO_ITEMS)
             raise
 
 
