@@ -1602,7 +1602,7 @@ class Request(werkzeug.Request):
     _get_file_stream = staticmethod(upload_buffer)
     is_in = False  # has its session been found?
 
-    def __init__(self, environ: WSGIEnvironment, app: App) -> None:
+    def __init__(self, environ: WSGIEnvironment, app: Any) -> None:
         super().__init__(environ, populate_request=False)
         self.app = app
 
@@ -1660,7 +1660,8 @@ class Request(werkzeug.Request):
     @cached_property
     def claims(self) -> Claims:
         """The claims of the bearer's access token (RFC 6750 §2.1); 401 without one."""
-        return self.app.tokens.verify(ACCESS, bearer_token(self.environ))
+        tokens: Tokens = self.app.tokens
+        return tokens.verify(ACCESS, bearer_token(self.environ))
 
     def authenticate(self) -> Claims:
         """401 at once without a good token; its session is looked up with the data."""
@@ -1673,7 +1674,7 @@ class Request(werkzeug.Request):
 
     def read(self, query: Query = EVERYTHING, shared: str | None = None) -> Data:
         """The bearer's data, or what is shared; 401 if the session has ended."""
-        data = self.app.store.read(self.user, NO_ITEMS if shared else query)
+        data: Data = self.app.store.read(self.user, NO_ITEMS if shared else query)
         self.check_session(data)
         if shared:
             data = self.app.store.read(SHARED, query)
@@ -1950,7 +1951,7 @@ def refuse_name_as_password(
         raise Refusal(message={argument: "Must not be the name itself"})
 
 
-def add_account(app: App, name: str, hash: str, roles: Iterable[str] = ()) -> None:
+def add_account(app: Any, name: str, hash: str, roles: Iterable[str] = ()) -> None:
     """A new account with its starter items; 409 if the name is or was taken."""
     with app.store.write(name, NO_ITEMS) as data:
         if data["account"]:
@@ -2092,7 +2093,8 @@ def log_in(request: Request, given: Namespace) -> dict[str, Any]:
         refuse_if_changed(data, account)
         sid = open_session(data, app.clock(), app.settings.refresh_ttl)
     request.log("login", name)
-    return app.tokens.pair(name, sid, data)
+    pair: dict[str, Any] = app.tokens.pair(name, sid, data)
+    return pair
 
 
 def refresh(request: Request, given: Namespace) -> dict[str, Any]:
@@ -2107,7 +2109,8 @@ def refresh(request: Request, given: Namespace) -> dict[str, Any]:
         request.log("reuse detected", name)
     if outcome in ("reused", "ended"):
         raise InvalidToken("The session has ended: log in again")
-    return app.tokens.pair(name, sid, data)
+    pair: dict[str, Any] = app.tokens.pair(name, sid, data)
+    return pair
 
 
 def revoke_token(request: Request) -> Any:
