@@ -834,18 +834,19 @@ class Data(dict[str, Any]):
         """Read more of the items."""
         if self.is_cleared:
             return  # there is no more
-        rows = self._select(query) or [NO_DOCUMENT]
-        sizes = [*accumulate(len(row.text.encode()) for row in rows[1:])]
+        document, *items = self._select(query) or [NO_DOCUMENT]
+        sizes = [*accumulate(len(row.text.encode()) for row in items)]
+        # One item more than the limit, or than a page holds, shows that it was cut.
         most = min(query.limit, 1 + bisect_left(sizes, PAGE_SIZE))
-        kept = rows[: most + 1] if query.resource else rows
-        document, *items = load(kept)
+        kept = items[:most] if query.resource else items
+        values = load([document, *kept])
         if not self:  # the first time; the block may have changed it since
-            self.update(document)
-            self._document = rows[0]
-        self._rows += kept[1:]
-        for (resource, _, id, _), item in zip(kept[1:], items, strict=True):
+            self.update(values[0])
+            self._document = document
+        self._rows += kept
+        for (resource, _, id, _), item in zip(kept, values[1:], strict=True):
             self[resource][id] = item
-        if len(kept) < len(rows):
+        if len(kept) < len(items):
             self[query.resource].next = kept[-1].position
 
     def counter(self, resource: str) -> dict[str, int]:
