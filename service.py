@@ -368,9 +368,10 @@ class Argument:
         are_places = set(self.places) <= PLACES.keys()
         is_action = self.action in ("store", "append", "split")
         if not (are_places and is_action and callable(self.type)):
-            right = f"locations are {', '.join(PLACES)} and values, actions are store"
-            right += ", append and split, and a type is a function"
-            raise ValueError(f"{self.name}: {right}")
+            raise ValueError(
+                f"{self.name}: locations are {', '.join(PLACES)} and values,"
+                " actions are store, append and split, and a type is a function"
+            )
         self.kind = self.type
         if isinstance(self.type, type):
             self.kind = STRICT.get(self.type, self.type)
@@ -722,8 +723,10 @@ class Resource:
     ) -> None:
         for word in (name, item):
             if not re.fullmatch("(?!.{22})[a-z]+(-[a-z]+)*", word) or word in RESERVED:
-                right = "words such as notes and note can"
-                raise ValueError(f"{word!r} cannot name a resource or item; {right}")
+                raise ValueError(
+                    f"{word!r} cannot name a resource or item;"
+                    " words such as notes and note can"
+                )
         if shared is not None:
             ROLE(shared)
             if starter:
@@ -1135,8 +1138,10 @@ class SQLiteStore(SQLStore):
             folder = file.resolve().parent  # where SQLite makes a log beside it
             is_good = (is_free or is_ours) and os.access(folder, os.W_OK | os.X_OK)
         if not is_good:
-            right = "must name a file that can be written, as its folder can"
-            raise ValueError(f"SERVICE_STORE_URL {right}, not {path}")
+            raise ValueError(
+                "SERVICE_STORE_URL must name a file that can be written,"
+                f" as its folder can, not {path}"
+            )
 
     def pool(self) -> Any:
         """A connection is good for this process, and the file that is there now."""
@@ -1194,8 +1199,9 @@ class PostgresStore(SQLStore):
         try:
             import psycopg
         except ImportError:
-            right = "pip install 'psycopg[binary]'"
-            raise ValueError(f"SERVICE_STORE_URL needs psycopg: {right}") from None
+            raise ValueError(
+                "SERVICE_STORE_URL needs psycopg: pip install 'psycopg[binary]'"
+            ) from None
         self.errors = psycopg.Error
         try:
             given = psycopg.conninfo.conninfo_to_dict(url)
@@ -1206,8 +1212,10 @@ class PostgresStore(SQLStore):
         except psycopg.OperationalError as error:
             store_down(error)  # is logged
         except psycopg.Error:  # which may quote the password
-            right = "a PostgreSQL database in UTF8 that has the tables, or may get them"
-            raise ValueError(f"SERVICE_STORE_URL must name {right}") from None
+            raise ValueError(
+                "SERVICE_STORE_URL must name a PostgreSQL database in UTF8"
+                " that has the tables, or may get them"
+            ) from None
 
     def connect(self) -> Any:
         import psycopg
@@ -1315,8 +1323,9 @@ def signing_key(path: str) -> tuple[jwt.PyJWK, dict[str, str]]:
     Ed25519, P-256, or RSA of 2048 bits or more, unencrypted; else ValueError.
     """
     if not jwt.algorithms.has_crypto:
-        right = "pip install cryptography"
-        raise ValueError(f"SERVICE_SIGNING_KEY_FILE needs cryptography: {right}")
+        raise ValueError(
+            "SERVICE_SIGNING_KEY_FILE needs cryptography: pip install cryptography"
+        )
     from cryptography.exceptions import UnsupportedAlgorithm
 
     bad = (jwt.PyJWTError, OSError, TypeError, ValueError, UnsupportedAlgorithm)
@@ -1332,8 +1341,10 @@ def signing_key(path: str) -> tuple[jwt.PyJWK, dict[str, str]]:
                 kid = base64url_encode(hashlib.sha256(text).digest()).decode()
                 names = {"kid": kid, "alg": name, "use": "sig"}
                 return jwt.PyJWK(jwk | names), public | names
-    right = "PEM files of private keys: Ed25519, P-256 or RSA of 2048 bits"
-    raise ValueError(f"SERVICE_SIGNING_KEY_FILE must be {right}, not {path!r}")
+    raise ValueError(
+        "SERVICE_SIGNING_KEY_FILE must be PEM files of private keys:"
+        f" Ed25519, P-256 or RSA of 2048 bits, not {path!r}"
+    )
 
 
 class Tokens:
@@ -1799,11 +1810,13 @@ def check_preconditions(request: Request, there: Any, tag: str = "") -> bool:
         return False
     for header in (match, none_match):
         if len(header) > 4096:  # which takes long to read
-            right = "If-Match and If-None-Match may have 4,096 characters"
-            raise http.RequestHeaderFieldsTooLarge(right)
+            raise http.RequestHeaderFieldsTooLarge(
+                "If-Match and If-None-Match may have 4,096 characters"
+            )
         if not re.fullmatch(ENTITY_TAGS, header):
-            right = "* or quoted entity tags with commas between"
-            raise http.BadRequest(f"If-Match and If-None-Match take {right}")
+            raise http.BadRequest(
+                "If-Match and If-None-Match take * or quoted entity tags, with commas"
+            )
     tag = tag or tag_of(line(there))
     is_there = there is not None
     if match and not (is_there and (match == "*" or re.search(f"(?<!W/){tag}", match))):
@@ -2168,8 +2181,10 @@ def put_item(request: Request, resource: Resource, id: str) -> Response:
     item = resource.parser.parse_args(request)
     with request.write(Query(resource.name, id), resource.shared) as data:
         if not ID.fullmatch(id):  # here, since 401 and 403 come first
-            right = "1 to 64 characters, no slash, control character or U+FFFD"
-            raise http.BadRequest(f"An id has {right}, and is not . or ..")
+            raise http.BadRequest(
+                "An id has 1 to 64 characters, no slash, control character or U+FFFD,"
+                " and is not . or .."
+            )
         current = data[resource.name].get(id)
         check_preconditions(request, current)
         if current is None:
@@ -2489,17 +2504,17 @@ class App:
         self.store = open_store(settings.store_url) if store is None else store
         if not settings.secret_key:
             if not isinstance(self.store, MemoryStore):
-                right = "must be set for a store that lasts: openssl rand -hex 32"
-                raise ValueError(f"SERVICE_SECRET_KEY {right}")
+                raise ValueError(
+                    "SERVICE_SECRET_KEY must be set for a store that lasts:"
+                    " openssl rand -hex 32"
+                )
             # It forgets as much at exit as the store does.
             settings = replace(settings, secret_key=secrets.token_hex(32))
         self.settings, self.clock, self.title = settings, clock, title
         self.tokens, self.passwords = Tokens(settings, clock), Passwords(clock)
         self.resources = [TODO_RESOURCE] if resources is None else list(resources)
-        for word in ("name", "item"):
-            words = [getattr(each, word) for each in self.resources]
-            if len(set(words)) < len(words):
-                raise ValueError(f"two resources have one {word}: {', '.join(words)}")
+        refuse_twins([each.name for each in self.resources])
+        refuse_twins([each.item for each in self.resources])
         ours = chain(OUR_ROUTES, DOCS_ROUTES, *map(routes_of, self.resources))
         by_rule = {route.rule: route for route in chain(ours, routes)}
         self.routes = list(by_rule.values())
@@ -2574,8 +2589,9 @@ class App:
             if "\0" in path:
                 raise http.BadRequest("A path holds no NUL")
             if len(environ.get("CONTENT_TYPE", "")) > 512:  # which takes long to read
-                right = "Content-Type may have 512 characters"
-                raise http.RequestHeaderFieldsTooLarge(right)
+                raise http.RequestHeaderFieldsTooLarge(
+                    "Content-Type may have 512 characters"
+                )
             if route.takes:
                 request.check_body(route.takes)
             result = route.view(request, **arguments)
@@ -2585,6 +2601,11 @@ class App:
             if not (route.is_open or request.is_in or error.code == 503):
                 request.read(NO_ITEMS)
             raise
+
+
+def refuse_twins(words: list[str]) -> None:
+    if len(set(words)) < len(words):
+        raise ValueError(f"two resources have one word: {', '.join(words)}")
 
 
 create_app = App  # gunicorn's name for it: wsgi_app = "service:create_app()"
