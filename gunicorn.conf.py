@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import suppress
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from gunicorn import util
@@ -57,7 +58,7 @@ def ask_app() -> tuple[bool, str]:
     os.chdir(flags.chdir or ".")
     sys.path[:0] = [os.getcwd(), *(flags.pythonpath or "").split(",")]
     # What wraps our app does not show its store.
-    store = os.environ.get("SERVICE_STORE_URL") or "memory:"
+    store = url = os.environ.get("SERVICE_STORE_URL") or "memory:"
     kinds = {"MemoryStore": "memory:", "SQLiteStore": "sqlite:"}
     try:
         app = util.import_app(flags.args[-1] if flags.args else wsgi_app)
@@ -67,6 +68,11 @@ def ask_app() -> tuple[bool, str]:
         return False, str(error)
     except Exception:
         pass  # a bug, or a name that is not there: a worker tells it, with its place
+    # Later it may be so for a while; from the start on it would be for ever.
+    file = Path(url.removeprefix("sqlite:///"))
+    place = file if file.exists() else file.parent
+    if url.startswith("sqlite:///") and not os.access(place, os.W_OK):
+        return False, f"SERVICE_STORE_URL must name what can be written, not {file}"
     return True, store
 
 

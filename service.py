@@ -1123,7 +1123,8 @@ class SQLStore:
 class SQLiteStore(SQLStore):
     """In a file: several processes, one machine.
 
-    Raises ValueError for what is no file, or in a folder that cannot be written.
+    Raises ValueError for what is no file, or in a folder that is not there. One that
+    cannot be written now is 503 until it can be.
     """
 
     begin, errors = ("BEGIN IMMEDIATE", CLAIM), sqlite3.Error
@@ -1132,15 +1133,13 @@ class SQLiteStore(SQLStore):
         super().__init__()
         self._path, self._was_there = path, False
         file, is_good = Path(path), False
-        with suppress(OSError, RuntimeError, ValueError):  # no name of a file, a loop
-            is_free = file.parent.is_dir() and not file.exists()
-            is_ours = file.is_file() and os.access(file, os.R_OK | os.W_OK)
-            folder = file.resolve().parent  # where SQLite makes a log beside it
-            is_good = (is_free or is_ours) and os.access(folder, os.W_OK | os.X_OK)
+        with suppress(OSError):  # as for a name that is too long
+            is_new = file.parent.is_dir() and not file.exists()
+            is_good = is_new or file.is_file()
         if not is_good:
             raise ValueError(
-                "SERVICE_STORE_URL must name a file that can be written,"
-                f" as its folder can, not {path}"
+                "SERVICE_STORE_URL must name a file in a folder that is there,"
+                f" not {path}"
             )
 
     def pool(self) -> Any:
