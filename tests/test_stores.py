@@ -664,15 +664,7 @@ def test_a_block_that_changes_nothing_writes_nothing(store, store_url, connectio
 
 def test_a_file_that_is_no_database_is_503(tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    for path in (
-        tmp_path,
-        "/dev/null",
-        "no/x.db",
-        "x" * 300,
-        "loop/x.db",
-        "/a\0b",
-        "no/../x.db",
-    ):
+    for path in (tmp_path, "/dev/null", "no/x", "x" * 300, "loop/x", "no/../x"):
         with pytest.raises(ValueError, match=r"SERVICE_STORE_URL .*\Z"):
             service.open_store(f"sqlite:///{tmp_path / path}")
     (tmp_path / "text.db").write_text("no database " * 1000)
