@@ -78,6 +78,9 @@ Clock = Callable[[], float]  # the time in seconds since 1970; tests pass their 
 # one holds a good one. Nothing else looks at the environment.
 
 
+STORE_URL = r"sqlite:///(?!:|//)[^\x00-\x1f]*[^\x00-\x1f/]|postgresql://[^\x00-\x1f]+"
+
+
 @dataclass(frozen=True)
 class Settings:
     """What an operator chooses. ValueError, in one line, names what cannot be."""
@@ -107,8 +110,7 @@ class Settings:
             ),
             "STORE_URL must be memory:, sqlite:///todo.db"
             " or postgresql://user:password@host/name": (
-                in_memory
-                or re.fullmatch("sqlite:///(?!:|//).+|postgresql://.+", self.store_url)
+                in_memory or re.fullmatch(STORE_URL, self.store_url)
             ),
             "ACCESS_TTL must be seconds such as 900": 0 < self.access_ttl < 10**6,
             "REFRESH_TTL must be seconds such as 86400": 0 < self.refresh_ttl < 10**8,
@@ -427,9 +429,10 @@ class Argument:
             text = str(error) if isinstance(error, ValueError) else ""
             raise ValueError(text or "Invalid value") from None
         if self.choices and value not in self.choices:
-            right = ", ".join(map(str, self.choices))
-            if isinstance(self.choices, range) and self.choices.step == 1:
-                right = f"{self.choices[0]} to {self.choices[-1]}"
+            right: Iterable[Any] = self.choices
+            if isinstance(right, range) and right[100:]:
+                right = [right[0], right[1], "...", right[-1]]
+            right = ", ".join(map(str, right))
             raise ValueError(f"{value} is not a valid choice: use {right}")
         return value
 
@@ -921,8 +924,8 @@ class MemoryStore:
     """Dicts under a lock: one process, and all is gone when it ends."""
 
     def __init__(self) -> None:
-        # Rows by owner, then by resource and id, in the order of their creation.
-        self._owners: dict[str, dict[tuple[str, str], Row]] = {}
+        # Rows by owner, resource and id, in the order of their creation.
+        self._owners: dict[str, dict[str, dict[str, Row]]] = {}
         self._lock = threading.RLock()
 
     def read(self, owner: str, query: Query = EVERYTHING) -> Data:
@@ -939,31 +942,32 @@ class MemoryStore:
             data = self.read(owner, query)
             yield data
             changed = data.changes()
-            rows = self._owners.get(owner, {})
+            resources = self._owners.get(owner, {})
             if data.is_cleared:
-                rows.clear()
+                resources.clear()
             for row in changed:
-                rows[row.resource, row.id] = row
+                rows = resources.setdefault(row.resource, {})
+                rows[row.id] = row
                 if not row.text:
-                    del rows[row.resource, row.id]
-            if rows:
-                self._owners[owner] = rows
+                    del rows[row.id]
+            if changed:
+                self._owners[owner] = resources
 
     def _select(self, owner: str, query: Query) -> list[Row]:
         with self._lock:
-            rows, (resource, id, after, limit) = self._owners.get(owner, {}), query
+            resources, (resource, id, after, limit) = self._owners.get(owner, {}), query
+            rows = resources.get(resource, {})
             found: Iterable[Row] = rows.values()
             if id:
-                found = [rows[resource, id]] if (resource, id) in rows else []
-            items = (
-                row
-                for row in found
-                # The document, which is none, has the position 0.
-                if row.position > after and resource in ("", row.resource)
-            )
+                found = [rows[id]] if id in rows else []
+            elif not resource:
+                found = chain(*map(dict.values, resources.values()))
+            # The document, which is no item, has the position 0.
+            items = (row for row in found if row.position > after)
             # One more than the limit shows that there are more.
             most = limit + 1 if limit else 0
-            return [rows.get(("", ""), NO_DOCUMENT), *islice(items, most)]
+            document = resources.get("", {}).get("", NO_DOCUMENT)
+            return [document, *islice(items, most)]
 
 
 SELECT_DOCUMENT = (
@@ -1147,7 +1151,7 @@ class SQLiteStore(SQLStore):
         try:
             if not self._was_there:
                 # Where its log is, the file has been; so for another process too.
-                is_new = not Path(f"{self._path}-wal").exists()
+                is_new = not Path(f"{Path(self._path).resolve()}-wal").exists()
                 flags = os.O_RDWR | os.O_CREAT if is_new else os.O_RDWR
                 os.close(os.open(self._path, flags, 0o600))
                 self._was_there = True
@@ -1762,7 +1766,8 @@ def response_of(result: Any, status: int, environ: WSGIEnvironment) -> Response:
     response.headers.update(headers)
     if not 200 <= response.status_code <= 999:
         raise ValueError(f"no answer has the status {response.status}")
-    for name, value in response.get_wsgi_headers(environ):
+    sent = [("Status", response.status), *response.get_wsgi_headers(environ)]
+    for name, value in sent:
         if not re.fullmatch(HEADER, f"{name}:{value}"):
             raise ValueError(f"no header is {name!r}: {value!r}")
     return response
@@ -2557,7 +2562,7 @@ class App:
             return error_answer(http.NotFound())
         except http.HTTPException as error:
             is_oauth = request.path in ("/token", "/revoke")
-            response = error_answer(error, is_oauth)
+            response = response_of(error_answer(error, is_oauth), 0, request.environ)
             if error.code == 415 and request.method == "PATCH":  # RFC 5789 §2.2
                 response.headers["Accept-Patch"] = ", ".join(PATCH_TYPES)
             return response
@@ -2692,7 +2697,7 @@ def remote_keys(url: str) -> FindKey:
             keys = get_keys()
             key = client.match_kid(keys, kid) or get_key(kid)
         except NO_KEYS as error:
-            if keys and not isinstance(error, jwt.PyJWKClientConnectionError):
+            if keys and type(error) is jwt.PyJWKClientError:
                 raise LookupError(kid) from None
             log.warning("no keys from %s: %r", url, error)
             text = "The issuer's keys cannot be had"

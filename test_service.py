@@ -268,17 +268,11 @@ REFUSED_SETTINGS: dict[str, list[str]] = {
     "cors_origins": ["app.example", "https://*.a", "https://a/b", "https://a, b", ","],
 }
 LONG, LATE = "hunter2" + "x" * 24, f"{SECRET},hunter2"
+SPLIT = [f"hunter2\n{SECRET}", f"hunter2,{SECRET}"]
 REFUSED_UNSEEN = {  # what may hold a secret is not repeated
-    "secret_key": [
-        "hunter2",
-        LONG,
-        f"hunter2\n{SECRET}",
-        "hunter2" + "é" * 12,
-        LATE,
-        f"hunter2,{SECRET}",
-    ],
+    "secret_key": ["hunter2", LONG, "hunter2" + "é" * 12, LATE, *SPLIT],
     "store_url": "mysql://a:hunter2@db/x sqlite://hunter2.db sqlite://///hunter2"
-    " memory hunter2".split(),
+    " memory hunter2 sqlite:///hunter2/ sqlite:///hunter2\r".split(" "),
 }
 
 
@@ -500,7 +494,7 @@ ERRORS: dict[str, tuple[Any, dict[str, Any], str]] = {  # * stands for any text
     "no choice of many": (
         n(type=int, choices=range(10**6)),
         form("n=-1"),
-        "*0 to 999999",
+        "*0, 1, ..., 999999",
     ),
     "help around": (n(type=even, help="<{error_msg}>"), form("n=3"), "<3 is odd>"),
     "braces in a value": (n(choices="a", help="{error_msg}"), form("n={0}"), "{0} *"),

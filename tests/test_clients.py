@@ -335,6 +335,9 @@ def test_junk_while_the_issuer_is_silent_keeps_nobody_else_waiting(shop):
         assert shop("GET /", authorization=f"Bearer {junk}").status == 503
         assert seen_by(shop, alice).status == 200
     assert len(shop.issuer.agents) == 2
+    shop.issuer.reply = lambda: page(b"<!doctype html>")
+    shop.wait(11)
+    assert shop("GET /", authorization=f"Bearer {junk}").status == 503
 
 
 def test_keys_come_over_http_from_the_very_url_that_was_given(shop):
@@ -617,6 +620,8 @@ def test_a_route_of_ones_own_reads_what_it_takes_and_no_more():
     assert "looks like JSON" in hint.text
     steps = own(Argument("a", int, choices=range(0, 9, 4)))("PUT /x", {"a": 3})
     assert "0, 4, 8" in steps.text
+    many = own(Argument("a", int, choices=range(0, 10**9, 2)))("PUT /x", {"a": 3})
+    assert "0, 2, ..., 999999998" in many.text
 
 
 def test_a_view_may_redirect_in_any_script():

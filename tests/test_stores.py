@@ -620,8 +620,11 @@ def test_a_deleted_file_is_503_until_a_copy_is_there(store, store_url):
 def test_a_deleted_file_is_not_made_anew_by_another_process(store, store_url):
     put(store, "a")
     Path(store_url[10:]).unlink()
-    with pytest.raises(ServiceUnavailable):
-        service.open_store(store_url).read("alice")
+    link = Path(store_url[10:]).parent / "link"
+    link.symlink_to(store_url[10:])
+    for url in (store_url, f"sqlite:///{link}"):
+        with pytest.raises(ServiceUnavailable):
+            service.open_store(url).read("alice")
     assert not Path(store_url[10:]).exists()
 
 
