@@ -265,7 +265,8 @@ REFUSED_SETTINGS: dict[str, list[str]] = {
     "issuer": ["a.example", "ftp://a", "https:///a", "https://a?b", "https://a b"],
     "audience": ['a"b', " , ", "a\tb"],
     "signing_key_file": [" ", ",", "a\udcff"],
-    "cors_origins": ["app.example", "https://*.a", "https://a/b", "https://a, b", ","],
+    "cors_origins": ["app.example", "https://*.a", "https://a/b", "https://a, b", ","]
+    + ["http://a:99999", "http://[::::]"],
 }
 LONG, LATE = "hunter2" + "x" * 24, f"{SECRET},hunter2"
 SPLIT = [f"hunter2\n{SECRET}", f"hunter2,{SECRET}"]
