@@ -101,7 +101,6 @@ class Settings:
 
     def __post_init__(self) -> None:
         keys, in_memory = comma_list(self.secret_key), self.store_url == "memory:"
-
         # Each begins with its setting's name; what is truthy is good.
         rules: dict[str, Any] = {
             "SECRET_KEY must be set to 32 bytes or more: openssl rand -hex 32": (
