@@ -1035,8 +1035,8 @@ class SQLStore:
         """A snapshot of what the owner has."""
 
         def select(query: Query) -> list[Row]:
-            with self._connection() as connection, self._or_503():
-                return self.run(connection, [select_rows(owner, query)])
+            with self._connection() as connection:
+                return self._ask(connection, [select_rows(owner, query)])
 
         return Data(query, select)
 
@@ -1053,8 +1053,7 @@ class SQLStore:
             def select(query: Query) -> list[Row]:
                 statements = [*begin, select_rows(owner, query)]
                 begin.clear()  # which was for the first time
-                with self._or_503():
-                    return self.run(connection, statements)
+                return self._ask(connection, statements)
 
             data = Data(query, select)
             yield data
@@ -1065,14 +1064,12 @@ class SQLStore:
                     sql = KEEP_DOCUMENT
                 end.append((sql, new | row._asdict()))
             end.append(("COMMIT" if end else "ROLLBACK", {}))
-            with self._or_503():
-                self.run(connection, end)
+            self._ask(connection, end)
 
-    @contextmanager
-    def _or_503(self) -> Iterator[None]:
-        """For the store's statements alone: a block may use a database of its own."""
+    def _ask(self, connection: Any, statements: list[Statement]) -> list[Row]:
+        """503 for these alone: a block may use a database of its own."""
         try:
-            yield
+            return self.run(connection, statements)
         except self.errors as error:
             raise store_down(error) from error
 
@@ -1083,8 +1080,7 @@ class SQLStore:
         if not room.acquire(timeout=2):
             raise store_down("all connections are in use")
         try:
-            with self._or_503():
-                connection = self._take(idle)
+            connection = self._take(idle)
             try:
                 yield connection
             except http.ServiceUnavailable:
@@ -1108,7 +1104,10 @@ class SQLStore:
                 if self.is_alive(connection):
                     return connection
                 connection.close()
-        return self.connect()
+        try:
+            return self.connect()
+        except self.errors as error:
+            raise store_down(error) from error
 
     def pool(self) -> Any:
         """What a connection is good for: it never crosses a fork."""
