@@ -1209,6 +1209,11 @@ def test_an_older_token_ends_the_session_even_within_the_grace(alice, age):
     assert is_dead(*generations)
 
 
+def test_a_session_that_is_over_is_not_renewed_by_a_token_that_was_good_just_now():
+    over = {"sessions": {"x": {"gen": 1, "rotated_at": 0, "expires_at": 60}}}
+    assert service.renew_session(over, "x", 1, 60, 30) == "ended"
+
+
 def test_without_a_grace_a_refresh_token_is_good_for_one_use():
     alice = World(refresh_grace=0).user()
     second = alice.refresh()
