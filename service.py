@@ -428,10 +428,10 @@ class Argument:
             text = str(error) if isinstance(error, ValueError) else ""
             raise ValueError(text or "Invalid value") from None
         if self.choices and value not in self.choices:
-            right: Iterable[Any] = self.choices
-            if isinstance(right, range) and right[100:]:
-                right = [right[0], right[1], "...", right[-1]]
-            right = ", ".join(map(str, right))
+            known: Iterable[Any] = self.choices
+            if isinstance(known, range) and known[100:]:
+                known = [known[0], known[1], "...", known[-1]]
+            right = ", ".join(map(str, known))
             raise ValueError(f"{value} is not a valid choice: use {right}")
         return value
 
@@ -567,7 +567,8 @@ def read_multipart(request: werkzeug.Request, body: bytes) -> tuple[Any, Any]:
     parser = FormDataParser(upload_buffer, most, silent=False, max_form_parts=parts)
     options, sent = request.mimetype_params, "\ufffd".encode()
     _, form, files = parser.parse(BytesIO(body), MULTIPART, len(body), options)
-    # U+FFFD stands for what could not be decoded, unless it was sent.
+    # U+FFFD stands for what could not be decoded, or was sent; without what was sent,
+    # none may be left.
     if "\ufffd" in "".join(filter(None, chain(*form.items(multi=True)))):
         if sent not in body:
             raise ValueError
@@ -617,6 +618,12 @@ def unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return members
 
 
+def finite(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise ValueError(f"{text} is no number that JSON knows")
+    return float(text)
+
+
 class JSONNumber(float):
     """A number in a JSON body that remembers how it was written, for Decimal."""
 
@@ -628,13 +635,8 @@ class JSONNumber(float):
         return self.text
 
 
-def finite(text: str) -> float:
-    if not math.isfinite(float(text)):
-        raise ValueError(f"{text} is no number that JSON knows")
-    return float(text)
-
-
 def as_text(value: Any) -> str:
+    """What stands in JSON for a value that JSON has no type for."""
     if isinstance(value, Date | Time):  # a datetime is a date too
         return value.isoformat()
     if isinstance(value, UUID | Decimal):
@@ -704,6 +706,21 @@ def in_json(values: Mapping[str, Any]) -> Mapping[str, Any]:
     return defaultdict(dict, json=values)
 
 
+ROLE = Text(1, 30, "[a-z][a-z0-9-]*", "a role such as operator")
+ID = re.compile(r"(?!\.\.?$)[^/\x00-\x1f\x7f-\x9f\ufffd]{1,64}")
+RESERVED = (  # in the document, by our own routes, and as a schema
+    "account",
+    "sessions",
+    "counters",
+    "users",
+    "token",
+    "revoke",
+    "docs",
+    "health",
+    "error",
+)
+
+
 class Resource:
     """A data model. Registering it gives it the routes /<name> and /<name>/<id>.
 
@@ -752,19 +769,6 @@ class Resource:
                 raise ValueError(f"starter {id!r} of {name}: {error}") from None
 
 
-ROLE = Text(1, 30, "[a-z][a-z0-9-]*", "a role such as operator")
-ID = re.compile(r"(?!\.\.?$)[^/\x00-\x1f\x7f-\x9f\ufffd]{1,64}")
-RESERVED = (  # in the document, by our own routes, and as a schema
-    "account",
-    "sessions",
-    "counters",
-    "users",
-    "token",
-    "revoke",
-    "docs",
-    "health",
-    "error",
-)
 TODOS = {
     "todo1": {"task": "build an API"},
     "todo2": {"task": "?????"},
@@ -1147,13 +1151,13 @@ class SQLiteStore(SQLStore):
     def pool(self) -> Any:
         """A connection is good for this process, and the file that is there now."""
         try:
+            # A file that was there is not made anew: it would look as if all were well.
             if not self._was_there:
-                # Where its log is, the file has been; so for another process too.
+                # Where its log is, it was, if not for this process.
                 is_new = not Path(f"{Path(self._path).resolve()}-wal").exists()
                 flags = os.O_RDWR | os.O_CREAT if is_new else os.O_RDWR
                 os.close(os.open(self._path, flags, 0o600))
                 self._was_there = True
-            # A file that was there is not made anew: it would look as if all were well.
             # Connections to a file that was deleted or replaced stay open: closing the
             # last one would delete the -wal file by its name.
             return os.getpid(), os.stat(self._path).st_ino
@@ -1754,7 +1758,7 @@ HEADER = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*"  # RFC 9110 §5
 
 
 def response_of(result: Any, status: int, environ: WSGIEnvironment) -> Response:
-    """What a view returned, as a Response; ValueError for what no server would send."""
+    """What a view returned, as a Response; what is ours needs no look."""
     if isinstance(result, Answer):
         return result
     headers: Mapping[str, str] = {}
@@ -1762,6 +1766,11 @@ def response_of(result: Any, status: int, environ: WSGIEnvironment) -> Response:
         result, status, headers = (*result, {})[:3]
     response = result if isinstance(result, Response) else answer(result, status)
     response.headers.update(headers)
+    return sendable(response, environ)
+
+
+def sendable(response: Response, environ: WSGIEnvironment) -> Response:
+    """The same; ValueError for what no server would send."""
     if not 200 <= response.status_code <= 999:
         raise ValueError(f"no answer has the status {response.status}")
     sent = [("Status", response.status), *response.get_wsgi_headers(environ)]
@@ -1835,7 +1844,7 @@ def error_answer(error: http.HTTPException, is_oauth: bool = False) -> Response:
         return error.response
     status, text = error.code or 500, error.description or ""
     body = getattr(error, "data", {"message": text})
-    text = re.sub(r"[^ !#-\[\]-~]", "?", text)  # what the next two may hold
+    text = re.sub(r"[^ !#-\[\]-~]", "?", text)  # as error_description must be
     headers = dict(error.get_headers())
     headers.pop("Content-Type", None)
     if isinstance(error, http.MethodNotAllowed):
@@ -1927,16 +1936,16 @@ PAGE = parser_of(
 )
 
 
+INDEX = {"openapi": "/openapi.json", "docs": "/docs"}
+
+
 def read_index(request: Request) -> Response:
     """Where the description is; a browser is sent to the page"""
     accept = request.headers.get("Accept", "")
     is_browser = "text/html" in accept and "json" not in accept
     if is_browser and find_spec("flask_swagger_ui"):
         return answer(None, 303, Location=f"{request.prefix}/docs", Vary="Accept")
-    urls = {
-        "openapi": f"{request.prefix}/openapi.json",
-        "docs": f"{request.prefix}/docs",
-    }
+    urls = {name: request.prefix + path for name, path in INDEX.items()}
     return answer(urls, Vary="Accept")
 
 
@@ -2101,7 +2110,7 @@ def needed(given: Namespace, name: str) -> str:
     return str(given[name])
 
 
-def log_in(request: Request, given: Namespace) -> dict[str, Any]:
+def log_in(request: Request, given: Namespace) -> Any:
     """A new session's tokens. First-party login: RFC 9700 retires it for others."""
     app, name = request.app, needed(given, "username")
     account = check_password(request, name, needed(given, "password"))
@@ -2109,11 +2118,10 @@ def log_in(request: Request, given: Namespace) -> dict[str, Any]:
         refuse_if_changed(data, account)
         sid = open_session(data, app.clock(), app.settings.refresh_ttl)
     request.log("login", name)
-    pair: dict[str, Any] = app.tokens.pair(name, sid, data)
-    return pair
+    return app.tokens.pair(name, sid, data)
 
 
-def refresh(request: Request, given: Namespace) -> dict[str, Any]:
+def refresh(request: Request, given: Namespace) -> Any:
     """The next generation's tokens; a replayed token ends its session."""
     app = request.app
     claims = app.tokens.verify(REFRESH, needed(given, "refresh_token"))
@@ -2125,8 +2133,7 @@ def refresh(request: Request, given: Namespace) -> dict[str, Any]:
         request.log("reuse detected", name)
     if outcome in ("reused", "ended"):
         raise InvalidToken("The session has ended: log in again")
-    pair: dict[str, Any] = app.tokens.pair(name, sid, data)
-    return pair
+    return app.tokens.pair(name, sid, data)
 
 
 def revoke_token(request: Request) -> Any:
@@ -2291,7 +2298,6 @@ def routes_of(resource: Resource) -> list[Route]:
     return [replace(route, resource=resource) for route in routes]
 
 
-INDEX = {"openapi": "/openapi.json", "docs": "/docs"}
 USER = {"username": "alice"}
 SESSION = {"started_at": 1, "renewed_at": 1, "expires_at": 86401, "is_current": True}
 PAIR = {
@@ -2416,10 +2422,8 @@ def responses(route: Route) -> dict[str, Any]:
     success = {"description": HTTP_STATUS_CODES.get(route.status, "Success")}
     if route.status != 204:
         success |= content(schema)
-    error = {
-        "description": "An error",
-        **content({"$ref": "#/components/schemas/Error"}),
-    }
+    failure = content({"$ref": "#/components/schemas/Error"})
+    error = {"description": "An error"} | failure
     found = {str(route.status): success, "default": error}
     if route.view in (list_items, read_item):
         found["304"] = {"description": HTTP_STATUS_CODES[304]}
@@ -2560,7 +2564,7 @@ class App:
             return error_answer(http.NotFound())
         except http.HTTPException as error:
             is_oauth = request.path in ("/token", "/revoke")
-            response = response_of(error_answer(error, is_oauth), 0, request.environ)
+            response = sendable(error_answer(error, is_oauth), request.environ)
             if error.code == 415 and request.method == "PATCH":  # RFC 5789 §2.2
                 response.headers["Accept-Patch"] = ", ".join(PATCH_TYPES)
             return response
