@@ -629,10 +629,14 @@ def test_a_deleted_file_is_not_made_anew_by_another_process(store, store_url):
 
 
 @SQLITE
-def test_a_locked_file_is_503_for_writers_alone(store, store_url, connections):
+def test_a_locked_file_is_503_for_writers_alone(store, store_url, monkeypatch):
+    class Impatient(sqlite3.Connection):  # we would wait for 10 s
+        def execute(self, sql, *given):
+            return super().execute(sql.replace("10000", "50"), *given)
+
+    impatient = partial(sqlite3.connect, factory=Impatient)
+    monkeypatch.setattr(sqlite3, "connect", impatient)
     alice = World(store=store).user()
-    for connection in connections:
-        connection.execute("PRAGMA busy_timeout = 50")  # we would wait for 10 s
     with closing(sqlite3.connect(store_url[10:], isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         assert alice("POST /todos", {"task": "x"}).status == 503
