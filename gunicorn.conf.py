@@ -115,17 +115,30 @@ def hang_up(sock: Any) -> None:
         sock.shutdown(socket.SHUT_RDWR)  # so that nobody waits when it is closed
 
 
+DEFER = gthread._DEFER  # type: ignore[attr-defined]
+
+
 class ThreadWorker(gthread.ThreadWorker):
     """gthread whose one loop never waits for a client."""
 
     def handle(self, conn: Any) -> Any:
-        # A new connection that is silent waits in the loop, not on a thread for 5 s.
-        if not (conn.initialized or conn.wait_for_data(0)):
-            return gthread._DEFER  # type: ignore[attr-defined]
+        # A new connection that is silent waits in the loop, not on a thread for 5 s;
+        # but not when the worker ends, whose loop would drop it.
+        if self.alive and not (conn.initialized or conn.wait_for_data(0)):
+            return DEFER
         goes_on = super().handle(conn)
+        if goes_on is DEFER:
+            goes_on = False
         if not goes_on:
             hang_up(conn.sock)  # here on the thread; else the loop would
         return goes_on
+
+    def finish_request(self, conn: Any, fs: Any) -> None:
+        is_deferred = not (fs.cancelled() or fs.exception()) and fs.result() is DEFER
+        if is_deferred and not self.alive:  # since a moment ago
+            self.enqueue_req(conn)
+        else:
+            super().finish_request(conn, fs)
 
 
 SUPPORTED_WORKERS["gthread"] = f"{__name__}.ThreadWorker"
