@@ -692,13 +692,6 @@ def test_two_machines_may_make_the_tables_at_once(postgres_url):
     put(service.open_store(postgres_url), "a")
 
 
-def test_text_is_utf_8_whatever_the_url_says(postgres_url):
-    mark = "&" if "?" in postgres_url else "?"
-    store = service.open_store(postgres_url + mark + "client_encoding=latin1")
-    put(store, "日本")
-    assert list(items(store)) == ["日本"]
-
-
 URLS = """
 postgresql://todo:hunter2@127.0.0.1:1/todo
 postgresql://todo@127.0.0.1:1/todo?password=hunter2
