@@ -34,10 +34,22 @@ import pytest
 from gunicorn.config import Config
 from test_server import GUNICORNS, exchange, wired
 from werkzeug.datastructures import Headers
+from werkzeug.exceptions import ServiceUnavailable
 
 import service
 from conftest import ROOT, Postgres, eventually, free_port, is_running, run, serve
-from test_service import FORM, JSON, LOGIN, PASSWORD, SECRET, Answer, World, together
+from test_service import (
+    FORM,
+    JSON,
+    LOGIN,
+    PASSWORD,
+    SECRET,
+    Answer,
+    User,
+    World,
+    refreshed,
+    together,
+)
 
 README = (ROOT / "README.md").read_text()
 SYSTEM = f"{os.environ['PATH']}:/usr/sbin:/sbin"
@@ -882,6 +894,23 @@ def test_of_very_many_who_guessed_the_first_are_forgotten(monkeypatch):
     for number in range(10_000):
         world.app.passwords.match(None, "a guess", "bob", f"host {number}")
     assert world("POST /token", LOGIN, **guesses).status == 400
+
+
+class Deaf:
+    """A store of one's own that does not answer."""
+
+    def read(self, *which: Any) -> Any:
+        raise ServiceUnavailable("The store does not answer", retry_after=1)
+
+    write = read
+
+
+def test_a_store_that_does_not_answer_is_503_everywhere():
+    alice = World().user()
+    world = World(Deaf(), alice.world.clock)
+    ann = User(world, "alice", alice.pair)
+    for answer in (world("GET /health"), ann("GET /todos"), refreshed(ann)):
+        assert (answer.status, answer.headers["Retry-After"]) == (503, "1")
 
 
 # ---- Starting, living on, and ending  --------------------------------------
