@@ -2256,11 +2256,7 @@ def test_a_view_that_is_not_open_sees_its_user_and_the_users_data(host):
     assert bob("GET /todos/todo1").json == STARTER["todo1"]
     assert list(alice("POST /first", {"titel": "Emma"}).json["message"]) == ["title"]
     assert alice("GET /claims").json == alice("GET /claims").json == [ISSUER, "mine"]
-    for data, kind, code in (
-        (b"x", "a/b", 415),
-        (b"{}", FORM, 400),
-        (b"t", PARTS, 400),
-    ):
+    for data, kind, code in ((b"x", "a", 415), (b"{}", FORM, 400), (b"t", PARTS, 400)):
         assert alice("POST /first", data, content_type=kind).status == code
     for request in ("GET /count", "POST /first"):
         assert host(request, b"{bad", content_type=JSON).status == 401
